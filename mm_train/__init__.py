@@ -1,0 +1,1 @@
+"""Training of on-device mixture-of-experts language models: configuration, model, trainer, checkpoints, export."""

@@ -1,0 +1,37 @@
+"""What every command of the project shares: one-line errors and a clean exit status. Torch-free."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: says what is wrong, the value, and what would be right.
+
+    Raise it wherever outside input (config, shard, checkpoint, flag, environment) is found bad. Commands print it
+    as one line and exit with status 2; libraries let it pass.
+    """
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a command's `main(argv=None)`: a UserError becomes one line on stderr and exit status 2.
+
+    Ctrl-C exits with 130 and a broken pipe with 141 like other Unix programs, both without a traceback. Anything else
+    is a defect of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader has gone: nothing more can be said, and Python would try at exit
+            return 141
+
+    return wrapped
