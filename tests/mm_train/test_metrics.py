@@ -1,0 +1,188 @@
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from mm_train.cli import UserError
+from mm_train.metrics import Metrics, clock, load_factors, read_metrics, short, train_line, wandb_train_values
+
+
+def make_metrics(folder, *, is_main=True, wandb_mode="disabled") -> Metrics:
+    return Metrics(folder, is_main=is_main, wandb_mode=wandb_mode, config={"lr": 1}, project="test", run_name="test")
+
+
+def test_a_record_comes_back_as_written(tmp_path):
+    metrics = make_metrics(tmp_path)
+    metrics.run(stage="pretrain", total_steps=20)
+    metrics.train(10, loss=np.float32(2.5), expert_load=np.array([[0.5, 0.5], [0.123456789, 0.876543211]]))
+    metrics.validation(10, "code", loss=2.0, bits_per_byte=1.5)
+    metrics.validation(10, "docs", loss=3.0, bits_per_byte=1.7)
+    metrics.checkpoint(10, seconds=0.5, bytes=7)
+    metrics.done(20, seconds=9.0)
+    metrics.close()
+    records = read_metrics(tmp_path)
+    assert records["run"][0]["stage"] == "pretrain"
+    assert records["train"] == [
+        {"kind": "train", "step": 10, "loss": 2.5, "expert_load": [[0.5, 0.5], [0.12346, 0.87654]]}
+    ]
+    assert [r["source"] for r in records["validation"]] == ["code", "docs"]
+    assert records["checkpoint"] == [{"kind": "checkpoint", "step": 10, "seconds": 0.5, "bytes": 7}]
+    assert records["done"] == [{"kind": "done", "step": 20, "seconds": 9.0}]
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    metrics = make_metrics(tmp_path)
+    metrics.train(1, loss=math.nan, grad_norm=math.inf, expert_load=[[math.nan, 1.0]])
+    metrics.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+    assert (record["loss"], record["grad_norm"], record["expert_load"]) == (None, None, [[None, 1.0]])
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
+    first = make_metrics(tmp_path)
+    for step in (10, 20, 30):
+        first.train(step, loss=float(step))
+    first.validation(30, "code", loss=9.0)
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"kind": "train", "step": 40, "lo')  # killed in the middle of a line
+    assert [r["step"] for r in read_metrics(tmp_path)["train"]] == [10, 20, 30]
+
+    second = make_metrics(tmp_path)
+    for step in (20, 30, 40):
+        second.train(step, loss=float(step + 1))
+    second.validation(30, "code", loss=8.0)
+    second.close()
+    records = read_metrics(tmp_path)
+    assert [(r["step"], r["loss"]) for r in records["train"]] == [(10, 10), (20, 21), (30, 31), (40, 41)]
+    assert [r["loss"] for r in records["validation"]] == [8.0]
+
+
+def test_a_damaged_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\nrubbish\n{"kind": "train", "step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a metrics record: 'rubbish'"):
+        read_metrics(tmp_path)
+    with pytest.raises(UserError, match="is not a run folder"):
+        read_metrics(tmp_path / "nowhere")
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    metrics = make_metrics(tmp_path / "run", is_main=False)
+    metrics.run(stage="sft")
+    metrics.train(1, loss=1.0)
+    metrics.validation(1, "code", loss=1.0)
+    metrics.checkpoint(1, seconds=1.0)
+    metrics.done(1)
+    metrics.say("hello")
+    metrics.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_log_has_one_readable_line_per_record(tmp_path, capsys):
+    metrics = make_metrics(tmp_path)
+    metrics.run(stage="sft", model="tiny", total_steps=800, global_batch_tokens=8192)
+    metrics.train(
+        120,
+        tokens=983_040,
+        loss=3.2141,
+        lr=9.1e-4,
+        grad_norm=0.83,
+        dropped_fraction=0.004,
+        tokens_per_second=6200.0,
+        mfu=None,
+        expert_load=[[0.25, 0.25, 0.25, 0.25], [0.3275, 0.2, 0.2, 0.2725]],
+    )
+    metrics.close()
+    expected = "step 120/800  tok 983k  loss 3.214  lr 9.1e-04  |g| 0.83  drop 0.4%  load 1.31x  6.2k tok/s  eta 14:58"
+    assert expected in capsys.readouterr().out.splitlines()
+    assert (tmp_path / "train.log").read_text().splitlines()[-1].endswith(expected)
+
+
+def test_a_line_says_nan_and_leaves_out_what_was_not_measured():
+    assert train_line({"step": 3, "loss": math.nan, "lr": None}, {}) == "step 3  loss nan"
+
+
+def test_an_unwritable_run_folder_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the run folder .*file/run: Not a directory"):
+        make_metrics(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    metrics = make_metrics(tmp_path)
+    metrics.train(1, loss=2.0)
+    metrics.train(2, loss=1.0)
+    metrics.close()
+    captured = capsys.readouterr()
+    assert captured.err.count("metrics.jsonl fails, training goes on") == 1
+    assert "No space left on device" in captured.err
+    assert "step 2  loss 1.000" in captured.out
+
+
+def test_auto_without_wandb_keeps_the_jsonl_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it now fails
+    metrics = make_metrics(tmp_path, wandb_mode="auto")
+    metrics.train(1, loss=2.0)
+    metrics.close()
+    assert capsys.readouterr().out.count("wandb is not installed") == 1
+    assert read_metrics(tmp_path)["train"][0]["loss"] == 2.0
+    with pytest.raises(UserError, match=r'W&B mode "offline" needs the wandb package'):
+        make_metrics(tmp_path, wandb_mode="offline")
+
+
+def test_wandb_offline_continues_the_same_run_and_cannot_stop_training(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # nobody is logged in here
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for step in (1, 2):
+        metrics = make_metrics(tmp_path / "run", wandb_mode="auto")
+        metrics.train(step, loss=1.0)
+        if step == 2:
+            metrics._wandb.finish()  # W&B dies under us
+            metrics.train(3, loss=1.0)
+        metrics.close()
+    run_id = (tmp_path / "run" / "wandb" / "run_id").read_text().strip()
+    assert run_id.startswith("run-")
+    assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+    assert "W&B offline" in capsys.readouterr().out
+    assert [r["step"] for r in read_metrics(tmp_path / "run")["train"]] == [1, 2, 3]
+
+
+def test_wandb_names_are_grouped():
+    named = wandb_train_values(
+        {"loss": 2.0, "z_loss": 0.1, "mfu": None, "tokens_per_second": 9.0, "expert_load": [[0.75, 0.25]]}
+    )
+    assert named == {
+        "train/loss": 2.0,
+        "router/z_loss": 0.1,
+        "throughput/mfu": None,
+        "throughput/tokens_per_second": 9.0,
+        "router/load_max/layer_00": 1.5,
+    }
+
+
+def test_load_factors():
+    assert load_factors(None) == []
+    assert load_factors([[0.25] * 4, [0.0, 0.0], [None, math.nan], [1.0, 0.0, 0.0, 0.0]]) == [1.0, 0.0, 0.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, None), (7, "7"), (983, "983"), (9834, "9.83k"), (999_600, "1M"), (1_263_374_256, "1.26B"), (6e12, "6T")],
+)
+def test_short(value, text):
+    assert short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.4, "00:12"), (3599.6, "1:00:00"), (3725, "1:02:05"), (200_000, "2d 7:33:20")]
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text
