@@ -1,0 +1,31 @@
+"""Atomic files: a reader sees the old file or the new one, never half of one. Torch-free."""
+
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` by way of a temporary file in the same folder: written, fsynced, renamed.
+
+    Raises OSError when the folder is missing, read-only or full; the old file is then untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished, fsynced file to its final name in the same folder, and make the rename survive a crash."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,210 @@
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mm_train import shards
+from mm_train.cli import UserError
+from mm_train.shards import ShardReader, ShardWriter, check_one_tokenizer
+
+VOCAB = 1000
+PAD = 999
+
+
+def make_writer(folder: Path, **changes) -> ShardWriter:
+    facts = {"tokenizer_sha256": "a" * 64, "vocab_size": VOCAB, "licence": "CC0-1.0", "domain": "test"}
+    return ShardWriter(folder, changes.pop("source", "code"), "train", **{**facts, **changes})
+
+
+def write(folder: Path, documents, masks=None, **changes) -> Path:
+    writer = make_writer(folder, has_mask=masks is not None, **changes)
+    for i, document in enumerate(documents):
+        writer.add(document, None if masks is None else masks[i], num_bytes=len(document))
+    writer.close()
+    return writer.folder
+
+
+documents_strategy = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents_strategy, st.integers(1, 60), st.integers(1, 40), st.booleans())
+def test_windows_equal_a_plain_concatenation(tmp_path_factory, documents, shard_tokens, seq_len, has_mask):
+    masks = [[token % 2 == 0 for token in document] for document in documents] if has_mask else None
+    folder = write(tmp_path_factory.mktemp("shards"), documents, masks, shard_tokens=shard_tokens)
+    tokens = np.array([token for document in documents for token in document])
+    starts = np.array([i == 0 for document in documents for i in range(len(document))])
+    trained = tokens % 2 == 0 if has_mask else np.ones(len(tokens), dtype=bool)
+
+    reader = ShardReader(folder)
+    assert reader.num_tokens == len(tokens)
+    assert reader.num_windows(seq_len) == (len(tokens) - 1) // seq_len
+    for i in range(reader.num_windows(seq_len)):
+        span = slice(i * seq_len, i * seq_len + seq_len + 1)
+        got = reader.window(i, seq_len)
+        assert [part.dtype for part in got] == [np.uint32, np.bool_, np.bool_]
+        for found, expected in zip(got, (tokens, trained, starts), strict=True):
+            np.testing.assert_array_equal(found, expected[span])
+    assert [document.tolist() for document, _ in reader.documents()] == documents
+    reader.verify()
+
+
+def test_packed_rows(tmp_path):
+    writer = make_writer(tmp_path, layout="packed", row_length=8, has_mask=True, shard_tokens=16)
+    rows = [[[1, 2, 3], [4, 5]], [[6] * 8], [[7, 8]]]
+    for row in rows:
+        for document in row:
+            writer.add(document, [token != 2 for token in document], num_bytes=1)
+        writer.end_row(PAD)
+    manifest = writer.close()
+    assert (manifest.num_tokens, manifest.num_padding, manifest.num_documents) == (24, 9, 4)
+    assert [shard.num_tokens for shard in manifest.shards] == [16, 8]
+
+    reader = ShardReader(writer.folder)
+    assert reader.num_windows(7) == 3
+    tokens, mask, starts = reader.window(0, 7)
+    assert tokens.tolist() == [1, 2, 3, 4, 5, PAD, PAD, PAD]
+    assert mask.tolist() == [True, False, True, True, True, False, False, False]
+    assert np.flatnonzero(starts).tolist() == [0, 3, 5]
+    assert reader.window(2, 7)[0].tolist() == [7, 8] + [PAD] * 6
+    with pytest.raises(UserError, match=r"rows of 8 tokens.* sequence length of 7, not 16"):
+        reader.num_windows(16)
+
+
+def test_writer_refuses_what_could_not_be_read_back(tmp_path):
+    writer = make_writer(tmp_path, layout="packed", row_length=4, has_mask=True)
+    writer.add([1, 2, 3], [1, 1, 1])
+    with pytest.raises(ValueError, match="crosses the row"):
+        writer.add([4, 5], [1, 1])
+    with pytest.raises(ValueError, match="vocabulary"):
+        writer.add([VOCAB], [1])
+    with pytest.raises(ValueError, match="vocabulary"):
+        writer.add([], [])
+    with pytest.raises(ValueError, match="mask"):
+        writer.add([1], None)
+
+
+def test_shards_are_webdataset_shards(tmp_path):
+    folder = write(tmp_path, [[1, 2], [3]], [[1, 0], [1]])
+    (sample,) = webdataset.WebDataset(str(folder / "00000.tar"), shardshuffle=False)
+    assert sample["__key__"] == "code-train-00000"
+    assert np.frombuffer(sample["tokens"], "<u4").tolist() == [1, 2, 3]
+    assert np.frombuffer(sample["offsets"], "<u8").tolist() == [0, 2, 3]
+    assert np.frombuffer(sample["mask"], "u1").tolist() == [1, 0, 1]
+    assert json.loads(sample["json"])["num_documents"] == 2
+
+
+def test_members_lie_where_the_manifest_says(tmp_path):
+    folder = write(tmp_path, [[1, 2], [3]])
+    (shard,) = ShardReader(folder).manifest.shards
+    with tarfile.open(folder / "00000.tar") as tar:
+        for name, member in shard.members.items():
+            info = tar.getmember(f"code-train-00000.{name}")
+            assert (info.offset_data, info.size) == (member.offset, member.size)
+
+
+def test_two_runs_are_byte_identical_and_replace_each_other(tmp_path):
+    first = write(tmp_path / "a", [[1, 2]] * 9, shard_tokens=4)
+    again = write(tmp_path / "b", [[3]] * 90, shard_tokens=4)
+    assert len(list(again.glob("*.tar"))) > len(list(first.glob("*.tar")))
+    again = write(tmp_path / "b", [[1, 2]] * 9, shard_tokens=4)
+    assert {file.name: file.read_bytes() for file in first.iterdir()} == {
+        file.name: file.read_bytes() for file in again.iterdir()
+    }
+
+
+def test_unfinished_work_is_not_a_data_set(tmp_path):
+    folder = write(tmp_path, [[1, 2]])
+    make_writer(tmp_path).add([3])  # an interrupted second preparation
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        ShardReader(folder)
+
+
+def test_missing_truncated_and_grown_shards(tmp_path):
+    folder = write(tmp_path, [[1, 2]] * 9, shard_tokens=4)
+    shard = folder / "00002.tar"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-512])
+    with pytest.raises(
+        UserError, match=rf"truncated shard .*00002\.tar: {len(data) - 512} bytes found, {len(data)} ex"
+    ):
+        ShardReader(folder)
+    shard.write_bytes(data + b"x")
+    with pytest.raises(UserError, match="has changed"):
+        ShardReader(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"missing shard .*00002\.tar"):
+        ShardReader(folder)
+
+
+@pytest.mark.parametrize("name", ["tokens", "mask", "offsets"])
+def test_a_flipped_byte_is_found_when_its_block_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(shards, "BLOCK", 64)
+    documents = [[i] * 8 for i in range(40)]
+    folder = write(tmp_path, documents, documents)
+    member = ShardReader(folder).manifest.shards[0].members[name]
+    data = bytearray((folder / "00000.tar").read_bytes())
+    data[member.offset + member.size - 1] ^= 1
+    (folder / "00000.tar").write_bytes(data)
+    reader = ShardReader(folder)
+    if name != "offsets":  # offsets are needed whole
+        reader.window(0, 8)
+    with pytest.raises(UserError, match=rf"corrupt block in shard .*00000\.tar: the {name} at byte \d+"):
+        reader.window(reader.num_windows(8) - 1, 8)
+    with pytest.raises(UserError, match="corrupt shard"):
+        reader.verify()
+
+
+def test_damaged_manifests(tmp_path):
+    folder = write(tmp_path, [[1, 2]])
+    file = folder / "manifest.json"
+    good = json.loads(file.read_text())
+    escape = {**good, "shards": [{**good["shards"][0], "file": "../secret.tar"}]}
+    del escape["checksum"], escape["format"]
+    escape = {**escape, "format": good["format"], "checksum": shards._checksum(escape)}
+    cases = {
+        "{": "damaged manifest",
+        "[]": "damaged manifest",
+        "\x00": "damaged manifest",
+        json.dumps({**good, "num_tokens": 3}): "checksum does not match",
+        json.dumps({**good, "format": "other"}): "not in the format",
+        json.dumps(escape): "not 00000.tar",
+    }
+    for text, message in cases.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            ShardReader(folder)
+
+
+def test_more_shards_than_file_descriptors_to_spare(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    reader = ShardReader(write(tmp_path, [[i] for i in range(20)], shard_tokens=1))
+    for _ in range(2):
+        assert [int(reader.window(i, 1)[0][0]) for i in range(19)] == list(range(19))
+    assert len(reader._open) == 2
+
+
+def test_an_empty_source_and_a_window_out_of_range(tmp_path):
+    reader = ShardReader(write(tmp_path, []))
+    assert reader.num_windows(4) == 0
+    with pytest.raises(IndexError):
+        reader.window(0, 4)
+
+
+def test_one_tokenizer_for_all_sources(tmp_path):
+    readers = [
+        ShardReader(write(tmp_path, [[1]], source=source, tokenizer_sha256=sha * 64))
+        for source, sha in (("code", "a"), ("docs", "a"), ("chat", "b"))
+    ]
+    manifests = [reader.manifest for reader in readers]
+    check_one_tokenizer(manifests[:2])
+    check_one_tokenizer(manifests[:2], "a" * 64)
+    with pytest.raises(UserError, match=r"tokenizer mismatch: source chat/train .* source code/train has aaaa"):
+        check_one_tokenizer(manifests)
+    with pytest.raises(UserError, match="the tokenizer in use has cccc"):
+        check_one_tokenizer(manifests, "c" * 64)
