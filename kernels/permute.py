@@ -1,0 +1,92 @@
+"""Tokens to expert rows and back, as gathers in both directions: no scatter, no atomics, repeatable bit for bit.
+
+Shapes: T tokens, K experts per token, E experts, D model width, R expert rows. A *slot* is one (token, k) pair, numbered
+token * K + k. A plan is two index tables that invert each other:
+
+    slot_R   which slot fills row r   (T * K: the row is padding)
+    row_TK   which row serves the slot (R: the slot was dropped)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Where each slot goes. `full` is True when no row is padding and no slot is dropped."""
+
+    slot_R: Tensor
+    row_TK: Tensor
+    full: bool
+
+
+def plan_dropless(ids_TK: Tensor, counts_E: Tensor) -> Plan:
+    """Rows sorted by expert, within an expert by slot; every slot has a row (R = T * K)."""
+    slot_R = torch.sort(ids_TK.flatten(), stable=True).indices
+    row_S = torch.empty_like(slot_R)
+    row_S[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
+    return Plan(slot_R, row_S.view_as(ids_TK), full=True)
+
+
+def plan_capacity(ids_TK: Tensor, counts_E: Tensor, capacity: int) -> Plan:
+    """Exactly `capacity` rows per expert (R = E * capacity): earlier slots first, later ones dropped, gaps padded."""
+    num_slots, num_experts = ids_TK.numel(), counts_E.numel()
+    num_rows = num_experts * capacity
+    slot_S = torch.sort(ids_TK.flatten(), stable=True).indices
+    expert_S = ids_TK.flatten()[slot_S]
+    start_E = counts_E.cumsum(0) - counts_E
+    position_S = torch.arange(num_slots, device=ids_TK.device) - start_E[expert_S]
+    row_S = torch.where(position_S < capacity, expert_S * capacity + position_S, num_rows)
+    slot_R = torch.full((num_rows + 1,), num_slots, device=ids_TK.device)
+    slot_R[row_S] = slot_S  # all dropped slots land in the last entry, which is cut off
+    row_TK = torch.empty_like(row_S)
+    row_TK[slot_S] = row_S
+    return Plan(slot_R[:num_rows], row_TK.view_as(ids_TK), full=False)
+
+
+def permute(x_TD: Tensor, plan: Plan) -> Tensor:
+    """Copy tokens to their expert rows: x_TD -> x_RD, padding rows zero. Differentiable in x."""
+    return _Permute.apply(x_TD, plan.slot_R, plan.row_TK, plan.full)
+
+
+def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+    """Weighted sum of each token's expert rows: y_RD -> y_TD; dropped slots add nothing. Differentiable in both."""
+    return _Unpermute.apply(y_RD, weights_TK, plan.slot_R, plan.row_TK, plan.full)
+
+
+def _rows(x: Tensor, index: Tensor, full: bool) -> Tensor:
+    """x[index], where the index one past the end reads zeros."""
+    if not full:
+        x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, slot_R, row_TK, full):
+        ctx.save_for_backward(row_TK)
+        ctx.full = full
+        return _rows(x_TD, slot_R // row_TK.shape[1], full)
+
+    @staticmethod
+    def backward(ctx, dx_RD):
+        (row_TK,) = ctx.saved_tensors
+        return _rows(dx_RD, row_TK, ctx.full).sum(1), None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_RD, weights_TK, slot_R, row_TK, full):
+        ctx.save_for_backward(y_RD, weights_TK, slot_R, row_TK)
+        ctx.full = full
+        y_TKD = _rows(y_RD, row_TK, full)
+        return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_RD.dtype))
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        y_RD, weights_TK, slot_R, row_TK = ctx.saved_tensors
+        weight_R = _rows(weights_TK.flatten(), slot_R, ctx.full)
+        dy_RD = _rows(dy_TD, slot_R // row_TK.shape[1], ctx.full) * weight_R.to(dy_TD.dtype)[:, None]
+        dweights_TK = torch.einsum("tkd,td->tk", _rows(y_RD, row_TK, ctx.full), dy_TD)
+        return dy_RD, dweights_TK.to(weights_TK.dtype), None, None, None

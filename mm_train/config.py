@@ -1,0 +1,337 @@
+"""Every knob of a training run: typed dataclasses and `load(files, overrides)`. Torch-free.
+
+    cfg = load(["configs/model/tiny.yaml", "configs/stage/tiny/pretrain.yaml"], ["optim.lr=3e-4"])
+
+Files merge left to right, overrides (`key.sub=value`) come last, then everything is typed and validated before
+anything is built. Model files own `model.*`, stage files everything else, launch scripts only `parallel.*` and names.
+`model` uses the key names of the released checkpoints' config.json, so one vocabulary serves both.
+"""
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mm_train.cli import UserError
+
+
+@dataclass
+class RopeScaling:
+    """Llama-3 frequency scaling. MobileMoE has equal low and high factors: a hard switch at one wavelength."""
+
+    factor: float = 16.0
+    original_max_position_embeddings: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    rope_type: str = "llama3"
+
+
+@dataclass
+class Model:
+    """Shape of the network (arXiv 2605.27358). Names and meanings are those of the release's config.json."""
+
+    name: str = "unnamed"
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    intermediate_size: int = 64  # hidden width of one routed expert
+    intermediate_size_mlp: int = 256  # hidden width of the shared expert
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    num_local_experts: int = 16  # routed experts of a layer over all ranks (the release's name for it)
+    num_experts_per_tok: int = 4
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02  # ours: the paper does not state it
+
+
+@dataclass
+class Data:
+    """What is read. A mixture is a dict source -> weight; weights are normalised."""
+
+    path: str = ""  # data set folder written by data_prep
+    mixture: dict[str, float] = field(default_factory=dict)
+    validation: list[str] = field(default_factory=list)  # sources whose held-out split is scored
+    seq_len: int = 512  # tokens a row
+
+
+@dataclass
+class Train:
+    """How long and in what portions. Batch and budget are global and in tokens; micro-steps are derived."""
+
+    tokens: int = 1_000_000  # whole stage
+    global_batch_tokens: int = 8192
+    micro_batch_size: int = 8  # rows a rank processes at once
+    dtype: str = "float32"  # of activations; parameters, moments and the router are always float32
+    seed: int = 0
+    validate_every: int = 0  # steps; 0: only at the end
+    validation_tokens: int = 0  # per source; 0: the whole held-out split
+
+
+@dataclass
+class Optim:
+    """AdamW and its schedule."""
+
+    lr: float = 4e-4
+    min_lr_ratio: float = 0.1  # last learning rate over the peak
+    schedule: str = "cosine"  # cosine | linear | constant, after a linear warm-up
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip_grad_norm: float = 1.0  # 0: off
+
+
+@dataclass
+class Moe:
+    """Routing in training. Evaluation is always dropless."""
+
+    dispatch: str = "dropless"  # dropless | drop_and_pad
+    capacity_factor: float = 1.5  # drop_and_pad: rows per expert = factor * tokens * top_k / experts
+    bias_update_rate: float = 1e-3  # auxiliary-loss-free balancing
+    z_loss_weight: float = 1e-4
+
+
+@dataclass
+class Quant:
+    """Quantisation-aware training: fake-quantised int4-g32 weights, int8 dynamic activations; router float32."""
+
+    enabled: bool = False
+    expert_group_axis: str = "out"  # out: the release format; in: what device runtimes want
+    activations_int8: bool = True
+
+
+@dataclass
+class Parallel:
+    """Layout over processes: world size = expert_parallel * expert data parallel."""
+
+    engine: str = "auto"  # auto: deepspeed when there is more than one process | deepspeed | plain
+    expert_parallel: int = 1
+    zero_stage: int = 1
+
+
+@dataclass
+class Checkpoint:
+    every: int = 100  # steps
+    keep: int = 2  # newest ones kept
+
+
+@dataclass
+class Log:
+    every: int = 10  # steps
+    wandb: str = "auto"  # auto: online when logged in, else offline | online | offline | disabled
+    project: str = "mobilemoe-train"
+
+
+@dataclass
+class Run:
+    dir: str = ""
+    stage: str = "pretrain"
+
+
+@dataclass
+class Config:
+    """One training run. `init_from` starts a new stage from weights only; resuming is automatic and separate."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    moe: Moe = field(default_factory=Moe)
+    quant: Quant = field(default_factory=Quant)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    run: Run = field(default_factory=Run)
+    init_from: str | None = None  # run, checkpoint or release folder
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the stage: the token budget over the global batch, rounded up."""
+        return -(-self.train.tokens // self.train.global_batch_tokens)
+
+    def micro_steps(self, world: int) -> int:
+        """Micro-batches each of `world` ranks runs per optimizer step. Raises UserError where it does not divide."""
+        micro_tokens = self.train.micro_batch_size * self.data.seq_len
+        if self.train.global_batch_tokens % (micro_tokens * world):
+            raise UserError(
+                f"train.global_batch_tokens ({self.train.global_batch_tokens}) must be a multiple of train.micro_batch_size"
+                f" ({self.train.micro_batch_size}) x data.seq_len ({self.data.seq_len}) x processes ({world})"
+                f" = {micro_tokens * world}"
+            )
+        return self.train.global_batch_tokens // (micro_tokens * world)
+
+
+CHOICES = {
+    "train.dtype": ("float32", "bfloat16"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "moe.dispatch": ("dropless", "drop_and_pad"),
+    "quant.expert_group_axis": ("out", "in"),
+    "parallel.engine": ("auto", "deepspeed", "plain"),
+    "parallel.zero_stage": (0, 1, 2),
+    "log.wandb": ("auto", "online", "offline", "disabled"),
+}
+
+
+def load(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Config:
+    """Merge YAML `files` left to right, then `key.sub=value` overrides; return a typed, validated Config.
+
+    Raises UserError for a missing or unreadable file, an unknown key (with the nearest known one), a value of the
+    wrong type, and every violated rule of `validate`.
+    """
+    merged = OmegaConf.structured(Config)
+    for path in map(Path, files):
+        if not path.is_file():
+            raise UserError(f"config file not found: {path}")
+        try:
+            layer = OmegaConf.load(path)
+        except Exception as error:  # OmegaConf hands on whatever its YAML parser raises
+            raise UserError(f"{path} is not readable YAML: {error}") from None
+        merged = _merge(merged, layer, str(path))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r} is not of the form key.sub=value")
+        merged = _merge(merged, OmegaConf.from_dotlist([override]), f"override {override!r}")
+    config = typing.cast(Config, OmegaConf.to_object(merged))
+    validate(config)
+    return config
+
+
+def from_dict(values: Mapping[str, Any], origin: str) -> Config:
+    """Config from plain values, as in a checkpoint; `origin` names the source in errors."""
+    return typing.cast(Config, OmegaConf.to_object(_merge(OmegaConf.structured(Config), dict(values), origin)))
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML that `load([path])` reads back equal."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def model_difference(here: Model, there: Model) -> str | None:
+    """The first key in which two networks differ, in words; None when weights of one fit the other and mean the same."""
+    free = {"name", "initializer_range", "max_position_embeddings"}
+    for f in fields(Model):
+        ours, theirs = getattr(here, f.name), getattr(there, f.name)
+        if f.name not in free and ours != theirs:
+            return f"model.{f.name} is {theirs} there and {ours} here"
+    return None
+
+
+def _merge(base, layer, origin: str):
+    plain = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
+    if not isinstance(plain, dict):
+        raise UserError(f"{origin}: expected a mapping of keys, found {type(plain).__name__}")
+    _refuse_unknown(plain, Config, "", origin)
+    try:
+        # A mixture is replaced as a whole: a stage's sources must not leak into the next file's.
+        if "mixture" in (plain.get("data") or {}):
+            base.data.mixture = {}
+        return OmegaConf.merge(base, layer)
+    except OmegaConfBaseException as error:
+        key = f" {error.full_key}:" if error.full_key else ""
+        raise UserError(f"{origin}:{key} {str(error.msg or error).splitlines()[0]}") from None
+
+
+def _refuse_unknown(values: Mapping, cls: type, prefix: str, origin: str) -> None:
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"{origin}: unknown key {prefix}{key} ({hint})")
+        inner = next((t for t in (known[key], *typing.get_args(known[key])) if is_dataclass(t)), None)
+        if inner and isinstance(value, Mapping):
+            _refuse_unknown(value, typing.cast(type, inner), f"{prefix}{key}.", origin)
+
+
+def validate(config: Config) -> None:
+    """Check every rule that needs no files and no processes. Raises UserError that names keys and values."""
+    model, data, train, optim = config.model, config.data, config.train, config.optim
+    for path, allowed in CHOICES.items():
+        section, key = path.split(".")
+        value = getattr(getattr(config, section), key)
+        if value not in allowed:
+            raise UserError(f"{path} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+
+    for section, keys in _POSITIVE.items():
+        for key in keys:
+            _require(getattr(getattr(config, section), key) > 0, f"{section}.{key}", config, "must be above 0")
+    for section, keys in _NOT_NEGATIVE.items():
+        for key in keys:
+            _require(getattr(getattr(config, section), key) >= 0, f"{section}.{key}", config, "must not be negative")
+
+    experts, top_k, ep = model.num_local_experts, model.num_experts_per_tok, config.parallel.expert_parallel
+    rules = [
+        (experts % ep == 0, f"parallel.expert_parallel ({ep}) must divide model.num_local_experts ({experts})"),
+        (top_k <= experts, f"model.num_experts_per_tok ({top_k}) must not exceed num_local_experts ({experts})"),
+        (
+            model.num_attention_heads % model.num_key_value_heads == 0,
+            f"model.num_key_value_heads ({model.num_key_value_heads}) must divide num_attention_heads"
+            f" ({model.num_attention_heads})",
+        ),
+        (model.head_dim % 2 == 0, f"model.head_dim ({model.head_dim}) must be even: RoPE turns pairs"),
+        (
+            data.seq_len <= model.max_position_embeddings,
+            f"data.seq_len ({data.seq_len}) must not exceed model.max_position_embeddings"
+            f" ({model.max_position_embeddings})",
+        ),
+        (bool(data.mixture), "data.mixture is empty: name at least one source and its weight"),
+        (all(w >= 0 for w in data.mixture.values()), f"data.mixture has a negative weight: {data.mixture}"),
+        (sum(data.mixture.values()) > 0, f"data.mixture weights sum to 0: {data.mixture}"),
+        (0 <= optim.min_lr_ratio <= 1, f"optim.min_lr_ratio ({optim.min_lr_ratio}) must lie in 0..1"),
+        (all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas} must lie in [0, 1)"),
+        (bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"),
+        (bool(data.path), "data.path is empty: name a data set folder written by data_prep"),
+        (
+            train.tokens >= train.global_batch_tokens,
+            f"train.tokens ({train.tokens}) is less than one batch, train.global_batch_tokens"
+            f" ({train.global_batch_tokens})",
+        ),
+        (
+            optim.warmup_steps < config.total_steps,
+            f"optim.warmup_steps ({optim.warmup_steps}) must be below the stage's {config.total_steps} steps"
+            f" (train.tokens / train.global_batch_tokens)",
+        ),
+    ]
+    for width in ("vocab_size", "hidden_size", "intermediate_size", "intermediate_size_mlp"):
+        value = getattr(model, width)
+        # 32 is the int4 group; the vocabulary is an outer dimension and is never grouped
+        rules.append((width == "vocab_size" or value % 32 == 0, f"model.{width} ({value}) must be a multiple of 32"))
+    for ok, message in rules:
+        if not ok:
+            raise UserError(message)
+    config.micro_steps(ep)
+
+
+_POSITIVE = {
+    "model": [f.name for f in fields(Model) if f.type in (int, float)],
+    "data": ["seq_len"],
+    "train": ["tokens", "global_batch_tokens", "micro_batch_size"],
+    "optim": ["lr", "eps"],
+    "moe": ["capacity_factor"],
+    "parallel": ["expert_parallel"],
+    "checkpoint": ["every", "keep"],
+    "log": ["every"],
+}
+_NOT_NEGATIVE = {
+    "train": ["seed", "validate_every", "validation_tokens"],
+    "optim": ["warmup_steps", "weight_decay", "clip_grad_norm"],
+    "moe": ["bias_update_rate", "z_loss_weight"],
+}
+
+
+def _require(ok: bool, path: str, config: Config, rule: str) -> None:
+    if not ok:
+        section, key = path.split(".")
+        raise UserError(f"{path} is {getattr(getattr(config, section), key)}; it {rule}")

@@ -1,0 +1,166 @@
+"""Which row of which source is sample k, and batches of them. The order is a pure function of (seed, mixture, k).
+
+There is no iterator state: a run that consumed n samples goes on at sample n, at any number of ranks. Proportions are
+exact in every block of BLOCK samples; a source's rows are permuted anew each time it has been used up (an epoch).
+
+Shape suffixes: B rows, T tokens.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import IGNORE
+from mm_train.cli import UserError
+from mm_train.shards import ShardReader, check_one_tokenizer
+
+BLOCK = 1000  # samples in which every source has its exact share
+
+
+@dataclass(frozen=True)
+class Sample:
+    source: str
+    epoch: int
+    window: int
+
+
+@dataclass
+class Batch:
+    """Rows of tokens with what to predict. Labels are IGNORE where a token is masked or begins a document."""
+
+    tokens_BT: Tensor  # int64
+    labels_BT: Tensor  # int64
+    document_BT: Tensor  # int64, number of the token's document within its row
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that count in the loss."""
+        return int((self.labels_BT != IGNORE).sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.tokens_BT, self.labels_BT, self.document_BT)))
+
+
+def feistel(index: int, size: int, key: int) -> int:
+    """Image of `index` under a keyed permutation of range(size): four Feistel rounds, walking cycles back into range."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for round_ in range(4):
+            left, right = right, left ^ (_mix(right ^ _mix(key + round_)) & mask)
+        index = (left << half) | right
+        if index < size:
+            return index
+
+
+def _mix(x: int) -> int:
+    """SplitMix64's finaliser."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+def quotas(weights: Mapping[str, float], block: int = BLOCK) -> dict[str, int]:
+    """Samples of each source in a block, by largest remainder; they add up to `block`."""
+    total = sum(weights.values())
+    exact = {name: weight / total * block for name, weight in weights.items()}
+    counts = {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (counts[name] - exact[name], name))
+    for name in by_remainder[: block - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+class Mixture:
+    """Sample number k -> (source, epoch, window)."""
+
+    def __init__(self, weights: Mapping[str, float], num_windows: Mapping[str, int], seed: int) -> None:
+        """`num_windows` says how many rows each source has. Raises UserError for a weighted source without any."""
+        self.quotas = {name: count for name, count in quotas(weights).items() if count}
+        self.num_windows = {name: num_windows[name] for name in self.quotas}
+        self.seed = seed
+        for name, count in self.num_windows.items():
+            if count == 0:
+                raise UserError(f"source {name!r} has not a single full row: lower data.seq_len or prepare more text")
+        self.owner = [name for name, count in self.quotas.items() for _ in range(count)]
+        self.first = {name: self.owner.index(name) for name in self.quotas}
+
+    def __getitem__(self, k: int) -> Sample:
+        block, slot = divmod(k, BLOCK)
+        slot = feistel(slot, BLOCK, self._key("block", block))
+        source = self.owner[slot]
+        use = block * self.quotas[source] + slot - self.first[source]
+        epoch, row = divmod(use, self.num_windows[source])
+        return Sample(source, epoch, feistel(row, self.num_windows[source], self._key(source, epoch)))
+
+    def _key(self, name: str, number: int) -> int:
+        digest = hashlib.blake2b(f"{self.seed}/{name}/{number}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each source is repeated by `samples` samples."""
+        return {name: samples * quota / BLOCK / self.num_windows[name] for name, quota in self.quotas.items()}
+
+
+class Loader:
+    """Training batches of a mixture of prepared sources."""
+
+    def __init__(self, path: str | Path, weights: Mapping[str, float], seq_len: int, seed: int) -> None:
+        """Raises UserError for a missing source, a damaged shard, or sources of different tokenizers."""
+        self.seq_len = seq_len
+        self.readers = open_sources(path, weights, "train")
+        windows = {name: reader.num_windows(seq_len) for name, reader in self.readers.items()}
+        self.mixture = Mixture(weights, windows, seed)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the order: same fingerprint, same sample for every k."""
+        parts = [f"{self.mixture.seed}/{self.seq_len}"]
+        parts += [f"{n}={q}:{self.readers[n].manifest.sha256}" for n, q in sorted(self.mixture.quotas.items())]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def micro_batches(self, step: int, global_rows: int, rows: int, rank: int, world: int) -> Iterator[Batch]:
+        """This rank's micro-batches of optimizer step `step` (0-based).
+
+        The global batch is samples [step * global_rows, (step + 1) * global_rows), cut into blocks of `rows`;
+        micro-step m of rank r takes block m * world + r, so any number of ranks sees the same blocks.
+        """
+        for start in range(rank * rows, global_rows, world * rows):
+            first = step * global_rows + start
+            yield self.batch([self.mixture[k] for k in range(first, first + rows)])
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """The rows of `samples`, collated."""
+        return collate([self.readers[s.source].window(s.window, self.seq_len) for s in samples])
+
+
+def open_sources(path: str | Path, names, split: str) -> dict[str, ShardReader]:
+    """Readers of `split` of each named source of the data set folder `path`, all of one tokenizer."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"data set folder not found: {path} (prepare one with python -m data_prep.run)")
+    for name in names:
+        if not (path / name / split).is_dir():
+            found = sorted(p.parent.name for p in path.glob(f"*/{split}"))
+            raise UserError(f"data set {path} has no {split} split of source {name!r}; it has: {', '.join(found)}")
+    readers = {name: ShardReader(path / name / split) for name in names}
+    check_one_tokenizer(reader.manifest for reader in readers.values())
+    return readers
+
+
+def collate(windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
+    """Windows of T + 1 tokens (tokens, mask, document starts) -> Batch of T."""
+    tokens, mask, starts = (np.stack(parts) for parts in zip(*windows, strict=True))
+    labels = np.where(mask[:, 1:] & ~starts[:, 1:], tokens[:, 1:].astype(np.int64), IGNORE)
+    return Batch(
+        torch.from_numpy(tokens[:, :-1].astype(np.int64)),
+        torch.from_numpy(labels),
+        torch.from_numpy(starts[:, :-1].cumsum(1).astype(np.int64)),
+    )

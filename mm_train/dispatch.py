@@ -1,0 +1,85 @@
+"""Tokens to their experts and back, wherever the experts live: drop-and-pad or dropless, with or without all-to-all.
+
+Shapes: T tokens of this rank, K experts per token, E experts over all ranks, D model width, R rows of the local experts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.permute import Plan, permute, plan_capacity, plan_dropless, unpermute
+
+
+@dataclass
+class Dispatched:
+    """What `combine` needs to undo a dispatch."""
+
+    plan: Plan
+    sent: list[int]  # rows this rank sent to each rank; empty without expert parallelism
+    received: list[int]
+    by_expert: Tensor | None  # received rows -> rows sorted by local expert
+
+
+class Dispatcher:
+    """Moves token rows to expert rows and back.
+
+    `capacity_factor` None means dropless; otherwise every expert takes ceil(factor * T * K / E) rows from every rank,
+    earlier tokens first. `group` is the expert-parallel process group (None: all experts are here).
+    """
+
+    def __init__(
+        self, num_experts: int, capacity_factor: float | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.num_experts = num_experts
+        self.capacity_factor = capacity_factor
+        self.group = group
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, counts_E: Tensor, dropless: bool
+    ) -> tuple[Tensor, Tensor, Dispatched]:
+        """Returns x_RD sorted by local expert, the local experts' row counts, and the record for `combine`."""
+        if dropless or self.capacity_factor is None:
+            plan, sent_E = plan_dropless(ids_TK, counts_E), counts_E
+        else:
+            capacity = math.ceil(self.capacity_factor * ids_TK.numel() / self.num_experts)
+            plan, sent_E = plan_capacity(ids_TK, counts_E, capacity), torch.full_like(counts_E, capacity)
+        x_RD = permute(x_TD, plan)
+        if self.ranks == 1:
+            return x_RD, sent_E, Dispatched(plan, [], [], None)
+
+        received_E = torch.empty_like(sent_E)  # [source rank, local expert], flattened
+        dist.all_to_all_single(received_E, sent_E, group=self.group)
+        received_SE, sent_SE = received_E.view(self.ranks, -1), sent_E.view(self.ranks, -1)
+        sent, received = sent_SE.sum(1).tolist(), received_SE.sum(1).tolist()
+        x_RD = _AllToAll.apply(x_RD, received, sent, self.group)
+        # Rows arrive by source rank, then expert; the grouped matmul wants them by expert.
+        expert_R = torch.arange(received_SE.shape[1], device=x_TD.device).repeat(self.ranks)
+        by_expert = torch.sort(expert_R.repeat_interleave(received_E), stable=True).indices
+        return x_RD[by_expert], received_SE.sum(0), Dispatched(plan, sent, received, by_expert)
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, record: Dispatched) -> Tensor:
+        """Weighted sum of each token's expert outputs: y_RD -> y_TD."""
+        if record.by_expert is not None:
+            inverse = torch.empty_like(record.by_expert)
+            inverse[record.by_expert] = torch.arange(inverse.numel(), device=inverse.device)
+            y_RD = _AllToAll.apply(y_RD[inverse], record.sent, record.received, self.group)
+        return unpermute(y_RD, weights_TK, record.plan)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Uneven all-to-all of rows; the gradient takes the opposite way."""
+
+    @staticmethod
+    def forward(ctx, x_RD, received, sent, group):
+        ctx.received, ctx.sent, ctx.group = received, sent, group
+        out_RD = x_RD.new_empty(sum(received), x_RD.shape[1])
+        dist.all_to_all_single(out_RD, x_RD.contiguous(), received, sent, group=group)
+        return out_RD
+
+    @staticmethod
+    def backward(ctx, dout_RD):
+        return _AllToAll.apply(dout_RD, ctx.sent, ctx.received, ctx.group), None, None, None

@@ -1,0 +1,216 @@
+"""The MobileMoE network on one device (arXiv 2605.27358). Module names are the released checkpoints' tensor names.
+
+Shape suffixes: B batch rows, T tokens of a row, N = B * T, D model width, H query heads, G key-value heads, C head width,
+V vocabulary, L layers, E experts. Parameters are float32; activations run in `compute_dtype`, norms and router in float32.
+No parallel code: mm_train.parallel changes a finished model from outside.
+"""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.cross_entropy import linear_cross_entropy
+from mm_train import config
+from mm_train.moe import MoELayer, RouterStats
+from mm_train.quant import Embedding, Linear
+
+
+class Losses(NamedTuple):
+    """What a training forward returns: sums over this micro-batch, so that they add up over ranks and micro-steps."""
+
+    cross_entropy_sum: Tensor  # nats over scored tokens, float32, differentiable
+    z_loss_sum: Tensor  # over tokens and layers, float32, differentiable
+    counts_LE: Tensor
+    dropped_L: Tensor
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+def rope_frequencies(model: config.Model) -> Tensor:
+    """Radians a position for each of the head_dim / 2 pairs, float32.
+
+    Llama-3 scaling with equal factors is a switch: wavelengths above original_max_position_embeddings / factor are
+    slowed by `factor`. With unequal factors the band between them is interpolated as Llama 3.1 does.
+    """
+    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
+    frequencies = 1.0 / model.rope_theta**exponents
+    scaling = model.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # full turns in the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low == high:  # the smoothing term would be 0 / 0
+        keep = (turns >= high).float()
+    else:
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rope_table(model: config.Model, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, [T, C / 2], float32."""
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, rope_frequencies(model).to(device))
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_BTHC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn adjacent pairs (x[2i], x[2i+1]) by position * frequency_i, in float32."""
+    cos, sin = (t[:, None, :] for t in rope)
+    even, odd = x_BTHC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHC.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with weightless QK-norm."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        self.model = model
+        width, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
+        self.q_proj = Linear(width, heads * model.head_dim)
+        self.k_proj = Linear(width, kv_heads * model.head_dim)
+        self.v_proj = Linear(width, kv_heads * model.head_dim)
+        self.o_proj = Linear(heads * model.head_dim, width)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTT: Tensor | None) -> Tensor:
+        """`mask_BTT` is True where a query may look (causal included); None: plain causal."""
+        head_dim, eps = self.model.head_dim, self.model.rms_norm_eps
+        q_BTHC, k_BTGC, v_BTGC = (
+            proj(x_BTD).unflatten(-1, (-1, head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BTHC, k_BTGC = (
+            apply_rope(F.rms_norm(t.float(), (head_dim,), eps=eps).to(t.dtype), rope) for t in (q_BTHC, k_BTGC)
+        )
+        group = self.model.num_attention_heads // self.model.num_key_value_heads
+        k_BTHC, v_BTHC = (t.repeat_interleave(group, dim=2) for t in (k_BTGC, v_BTGC))
+        out_BHTC = F.scaled_dot_product_attention(
+            q_BTHC.transpose(1, 2),
+            k_BTHC.transpose(1, 2),
+            v_BTHC.transpose(1, 2),
+            attn_mask=None if mask_BTT is None else mask_BTT[:, None],
+            is_causal=mask_BTT is None,
+        )
+        return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention, then pre-norm mixture of experts."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
+        self.self_attn = Attention(model)
+        self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
+        self.feed_forward = MoELayer(model)
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTT: Tensor | None
+    ) -> tuple[Tensor, RouterStats]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask_BTT)
+        y_ND, stats = self.feed_forward(self.post_attention_layernorm(x_BTD).flatten(0, 1))
+        return x_BTD + y_ND.view_as(x_BTD), stats
+
+
+class Backbone(nn.Module):
+    """Everything below the head; holds the tied embedding."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(model.vocab_size, model.hidden_size)
+        self.layers = nn.ModuleList(Layer(model) for _ in range(model.num_hidden_layers))
+        self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps)
+
+
+class MobileMoE(nn.Module):
+    """The language model: `model(tokens_BT)` gives logits_BTV; with labels, the sums a training step needs."""
+
+    def __init__(self, model: config.Model, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = model
+        self.compute_dtype = compute_dtype
+        self.model = Backbone(model)
+
+    def forward(
+        self, tokens_BT: Tensor, labels_BT: Tensor | None = None, document_BT: Tensor | None = None
+    ) -> Tensor | Losses:
+        """Logits [B, T, V], or Losses when `labels_BT` is given (kernels.cross_entropy.IGNORE: not scored).
+
+        `document_BT` numbers the document of each token: attention stays inside a document.
+        """
+        table_VD = self.model.embed_tokens.table()
+        hidden_BTD, stats = self._backbone(tokens_BT, document_BT, table_VD)
+        hidden_ND = self.model.embed_tokens.head_input(hidden_BTD).flatten(0, 1)
+        weight_VD = table_VD.to(hidden_ND.dtype)
+        if labels_BT is None:
+            return F.linear(hidden_ND, weight_VD).unflatten(0, tokens_BT.shape)
+        return Losses(
+            linear_cross_entropy(hidden_ND, weight_VD, labels_BT.flatten()),
+            torch.stack([s.z_loss_sum for s in stats]).sum(),
+            torch.stack([s.counts_E for s in stats]),
+            torch.stack([s.dropped for s in stats]),
+        )
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Final hidden states [B, T, D], after the last norm."""
+        return self._backbone(tokens_BT, None, self.model.embed_tokens.table())[0]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The head alone: [..., D] -> [..., V], for the positions a caller needs."""
+        embedding = self.model.embed_tokens
+        return F.linear(embedding.head_input(hidden_ND), embedding.table().to(hidden_ND.dtype))
+
+    def _backbone(
+        self, tokens_BT: Tensor, document_BT: Tensor | None, table_VD: Tensor
+    ) -> tuple[Tensor, list[RouterStats]]:
+        x_BTD = F.embedding(tokens_BT, table_VD).to(self.compute_dtype)
+        # Rotation is relative, so positions need not restart at a document's start.
+        rope = rope_table(self.config, tokens_BT.shape[1], tokens_BT.device)
+        mask_BTT = None
+        if document_BT is not None:
+            mask_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
+        all_stats = []
+        for layer in self.model.layers:
+            x_BTD, stats = layer(x_BTD, rope, mask_BTT)
+            all_stats.append(stats)
+        return self.model.norm(x_BTD), all_stats
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The mixture layers, first to last."""
+        return [layer.feed_forward for layer in self.model.layers]
+
+    def init_weights(self, seed: int) -> None:
+        """Normal(0, initializer_range); projections into the residual stream shrunk by sqrt(2 L) (ours, GPT-2 style).
+
+        Every tensor has a generator of its own, seeded by `seed` and its name, so the values do not depend on the
+        order, the device layout or which other tensors exist.
+        """
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            scale = std / math.sqrt(2 * self.config.num_hidden_layers) if _is_residual_output(name) else std
+            generator = torch.Generator().manual_seed(_seed_of(seed, name))
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def _is_residual_output(name: str) -> bool:
+    return "o_proj" in name or "down_proj" in name
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return (seed << 32) + zlib.crc32(name.encode())
