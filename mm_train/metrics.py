@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -80,7 +81,7 @@ class Metrics:
 
     def run(self, **facts: Any) -> None:
         """Record what this run is: stage, model, total_steps, world, global_batch_tokens, params_total and so on."""
-        self._facts = {"kind": "run", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
+        self._facts = {"kind": "run", "time": datetime.now().astimezone().isoformat(), **facts}
         if self._record(self._facts):
             self.say(run_line(self._facts))
 
