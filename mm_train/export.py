@@ -1,0 +1,64 @@
+"""Export a checkpoint as a release folder: the step between training and a device.
+
+    python -m mm_train.export --checkpoint runs/quickstart/qat --out runs/quickstart/export
+    python -m mm_train.export --checkpoint runs/quickstart/sft --out out/ --format bf16
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm_train import checkpoint
+from mm_train.cli import UserError, command
+from mm_train.config import Config
+from mm_train.release import find_tokenizer, load_model, save_release
+from mm_train.tokenizer import load_tokenizer
+
+
+def export(source: Path, out: Path, format: str) -> Path:
+    """Write the newest checkpoint of `source` (a run or checkpoint folder) to `out`; returns the weight file.
+
+    From quantisation-aware training the int4 codes and scales are those that training computed with: the same
+    function quantises the same float32 weights. From any other checkpoint it is post-training quantisation.
+
+    Raises UserError when there is no checkpoint, or when the experts were trained for another group axis.
+    """
+    folder = checkpoint.find(source)
+    cfg = checkpoint.Reader(folder).run_config
+    if format == "int4" and cfg.quant.enabled and cfg.quant.expert_group_axis != "out":
+        raise UserError(
+            f"{source} was trained with quant.expert_group_axis={cfg.quant.expert_group_axis}; the int4 release groups"
+            " experts along out, and quantising anew would cost accuracy: train with quant.expert_group_axis=out"
+        )
+    tokenizer = load_tokenizer(find_tokenizer(source))
+    facts = {"stage": cfg.run.stage, "step": checkpoint.read_manifest(folder)["step"], "quantisation": how(cfg, format)}
+    return save_release(load_model(folder), out, format, tokenizer, **facts)
+
+
+def how(cfg: Config, format: str) -> str:
+    """Where the numbers of the exported weights come from."""
+    if format == "bf16":
+        return "none"
+    return "quantisation-aware training" if cfg.quant.enabled else "post-training quantisation"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mm_train.export",
+        description="Write a checkpoint as a release folder: config.json, model.safetensors, tokenizer.",
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run or checkpoint folder")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--format", default="int4", choices=("int4", "bf16"), help="default: %(default)s")
+    args = parser.parse_args(argv)
+    file = export(args.checkpoint, args.out, args.format)
+    print(f"{args.format} release: {file} ({file.stat().st_size:,} bytes)")
+    if args.format == "int4" and how(checkpoint.Reader(checkpoint.find(args.checkpoint)).run_config, "int4").startswith("post"):
+        print("note: this checkpoint is not from quantisation-aware training; its weights were quantised after training")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The network against a second, slow implementation written from the specification alone."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from kernels.cross_entropy import IGNORE
+from mm_train import config
+from mm_train.model import MobileMoE, rope_frequencies
+
+
+@pytest.fixture
+def model(small_model):
+    shape = dataclasses.replace(
+        small_model,
+        rope_scaling=config.RopeScaling(original_max_position_embeddings=64),
+        max_position_embeddings=256,
+    )
+    model = MobileMoE(shape)
+    model.init_weights(0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # large enough that every term shows
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 1) + (parameter.ndim == 1))
+        for layer in model.moe_layers():
+            layer.expert_bias.copy_(torch.randn(shape.num_local_experts) * 0.2)
+    return model.eval()
+
+
+def by_the_specification(state, shape: config.Model, tokens):
+    """Logits of one row, token by token and expert by expert, float64. Section 2 of the model's description."""
+    p = {name: tensor.double() for name, tensor in state.items()}
+    heads, kv, width = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+
+    def norm(x, weight=1.0):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + shape.rms_norm_eps) * weight
+
+    def rotate(x, position):
+        out = x.clone()
+        for i in range(width // 2):
+            f = shape.rope_theta ** (-2 * i / width)
+            scaling = shape.rope_scaling
+            if scaling and 2 * math.pi / f > scaling.original_max_position_embeddings:
+                f /= scaling.factor
+            c, s = math.cos(position * f), math.sin(position * f)
+            out[2 * i], out[2 * i + 1] = x[2 * i] * c - x[2 * i + 1] * s, x[2 * i] * s + x[2 * i + 1] * c
+        return out
+
+    def silu(x):
+        return x * torch.sigmoid(x)
+
+    x = p["model.embed_tokens.weight"][tokens]
+    for n in range(shape.num_hidden_layers):
+        at = f"model.layers.{n}."
+        h = norm(x, p[at + "input_layernorm.weight"])
+        q, k, v = ((h @ p[f"{at}self_attn.{c}_proj.weight"].T).view(len(tokens), -1, width) for c in "qkv")
+        out = torch.zeros(len(tokens), heads, width, dtype=torch.float64)
+        for t in range(len(tokens)):
+            for head in range(heads):
+                group = head // (heads // kv)
+                query = rotate(norm(q[t, head]), t)
+                scores = torch.stack([query @ rotate(norm(k[u, group]), u) for u in range(t + 1)]) / math.sqrt(width)
+                out[t, head] = torch.softmax(scores, 0) @ v[: t + 1, group]
+        x = x + out.flatten(1) @ p[at + "self_attn.o_proj.weight"].T
+        h = norm(x, p[at + "post_attention_layernorm.weight"])
+        ff = at + "feed_forward."
+        y = silu(h @ p[ff + "shared_expert.gate_proj.weight"].T) * (h @ p[ff + "shared_expert.up_proj.weight"].T)
+        y = y @ p[ff + "shared_expert.down_proj.weight"].T
+        for t in range(len(tokens)):
+            scores = torch.sigmoid(p[ff + "router.weight"] @ h[t])
+            chosen = sorted(range(len(scores)), key=lambda e: -(scores[e] + p[ff + "expert_bias"][e]).item())
+            chosen = chosen[: shape.num_experts_per_tok]
+            total = sum(scores[e] for e in chosen) + 1e-20
+            for e in chosen:
+                gate, up = (h[t] @ p[ff + "experts.gate_up_proj"][e]).split(shape.intermediate_size)
+                weight = scores[e] / total * shape.routed_scaling_factor
+                y[t] += weight * ((silu(gate) * up) @ p[ff + "experts.down_proj"][e])
+        x = x + y
+    return norm(x, p["model.norm.weight"]) @ p["model.embed_tokens.weight"].T
+
+
+def test_logits_equal_the_specification(model):
+    tokens = torch.randint(0, 512, (1, 40))
+    want = by_the_specification(model.state_dict(), model.config, tokens[0])
+    got = model(tokens)[0].detach()
+    assert ((got - want).abs().max() / want.std()).item() < 1e-4
+
+
+def test_long_rows_too(model):
+    """Beyond the wavelength where scaling begins."""
+    tokens = torch.randint(0, 512, (1, 100))
+    want = by_the_specification(model.state_dict(), model.config, tokens[0])
+    assert ((model(tokens)[0].detach() - want).abs().max() / want.std()).item() < 1e-4
+
+
+def test_released_scaling_slows_14_of_32_pairs_by_16():
+    shape = config.Model(head_dim=64, rope_scaling=config.RopeScaling())
+    plain = rope_frequencies(dataclasses.replace(shape, rope_scaling=None))
+    ratio = plain / rope_frequencies(shape)
+    assert (ratio == 1).sum() == 18
+    torch.testing.assert_close(ratio[18:], torch.full((14,), 16.0))
+
+
+def test_the_future_and_right_padding_do_not_show(model):
+    tokens = torch.randint(0, 512, (2, 30))
+    padded = tokens.clone()
+    padded[:, 20:] = 0
+    torch.testing.assert_close(model(tokens)[:, :20], model(padded)[:, :20], rtol=1e-5, atol=1e-5)
+
+
+def test_documents_do_not_see_each_other(model):
+    first, second = torch.randint(0, 512, (1, 12)), torch.randint(0, 512, (1, 18))
+    both = torch.cat([first, second], 1)
+    document = torch.tensor([[0] * 12 + [1] * 18])
+    labels = torch.full_like(both, IGNORE)
+    labels[0, 20] = 7
+    packed = model(both, labels, document).cross_entropy_sum
+    alone = -torch.log_softmax(model(second)[0, 8], -1)[7]
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_are_sums_and_count_every_slot(model):
+    tokens = torch.randint(0, 512, (2, 20))
+    labels = torch.randint(0, 512, (2, 20))
+    labels[0, :5] = IGNORE
+    losses = model(tokens, labels)
+    want = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(losses.cross_entropy_sum, want)
+    assert losses.counts_LE.sum(1).tolist() == [2 * 20 * 2] * 2
+    assert losses.dropped_L.tolist() == [0, 0]
+
+
+def test_capacity_drops_in_training_only(model):
+    for layer in model.moe_layers():
+        layer.dispatcher.capacity_factor = 0.5
+    tokens = torch.randint(0, 512, (2, 20))
+    assert model.eval()(tokens, tokens).dropped_L.sum() == 0
+    losses = model.train()(tokens, tokens)
+    assert (losses.dropped_L >= 2 * 20 * 2 * 0.5).all()
+    losses.cross_entropy_sum.backward()
+
+
+def test_initial_values_do_not_depend_on_what_else_exists(small_model):
+    deeper = dataclasses.replace(small_model, num_hidden_layers=3)
+    models = [MobileMoE(shape) for shape in (small_model, deeper)]
+    for model in models:
+        model.init_weights(5)
+    assert torch.equal(*(m.model.layers[1].feed_forward.router.weight for m in models))
+    assert not torch.equal(*(models[0].model.layers[i].feed_forward.router.weight for i in (0, 1)))
+
+
+def test_bfloat16_activations_follow_float32(small_model):
+    tokens = torch.randint(0, 512, (1, 20))
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = MobileMoE(small_model, dtype).eval()
+        model.init_weights(0)
+        outputs.append(model(tokens).float())
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert (outputs[0] - outputs[1]).abs().max() < 0.05 * outputs[0].std()
