@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
 from mm_train.cli import UserError
 
-WandbMode = Literal["auto", "online", "offline", "disabled"]
+WANDB_MODES = ("auto", "online", "offline", "disabled")
 Record = dict[str, Any]
 
 # The first part of a name is its panel group on W&B; what is not listed is shown under "train".
@@ -44,13 +44,15 @@ class Metrics:
     Args:
         run_dir: the run folder; made if it is missing. Lines are appended, so that a resumed run continues its record.
         is_main: whether this rank writes.
-        wandb_mode: "auto" is online for a user who is logged in to W&B and offline otherwise; WANDB_MODE wins over it.
+        wandb_mode: "online", "offline", "disabled", or "auto": what WANDB_MODE says, else online for a user who is
+            logged in to W&B and offline for others.
         config: the resolved configuration, shown by W&B.
         project: W&B project.
         run_name: W&B name of the run.
 
     Raises:
-        UserError: the run folder cannot be written, or wandb_mode is "online" or "offline" and wandb is not installed.
+        UserError: the run folder cannot be written, wandb_mode is not one of these, or it is "online" or "offline" and
+            wandb is not installed.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Metrics:
         run_dir: str | Path,
         *,
         is_main: bool,
-        wandb_mode: WandbMode,
+        wandb_mode: str,
         config: dict[str, Any],
         project: str,
         run_name: str,
@@ -69,6 +71,8 @@ class Metrics:
         self._wandb: Any = None
         if not is_main:
             return
+        if wandb_mode not in WANDB_MODES:
+            raise UserError(f'unknown W&B mode "{wandb_mode}": it is one of {", ".join(WANDB_MODES)}')
         folder = Path(run_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)

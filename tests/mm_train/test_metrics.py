@@ -112,6 +112,11 @@ def test_an_unwritable_run_folder_is_one_clear_error(tmp_path):
         make_metrics(tmp_path / "file" / "run")
 
 
+def test_an_unknown_wandb_mode_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match='unknown W&B mode "onlien": it is one of auto, online'):
+        make_metrics(tmp_path, wandb_mode="onlien")
+
+
 def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     metrics = make_metrics(tmp_path)
