@@ -1,7 +1,7 @@
 """What came out of training, as a table on the console and as one self-contained HTML page.
 
-Reads only files that other programs wrote: metrics.jsonl of every stage, the evaluation's results.json, the export, the
-int4 check and the samples. What is not there yet is named as missing.
+Reads only files that other programs wrote: metrics.jsonl of every stage, eval/results.json, the release in export/,
+validation-{bf16,int4}.json of mm_train.validate, and samples.json of mm_train.generate. What is missing is left out.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_train.cli import UserError, command
 from mm_train.files import write_atomic
-from mm_train.metrics import short
+from mm_train.metrics import Record, short
 from mm_train.run_folder import Stage, read_stages
 
 EXAMPLES = """examples:
@@ -33,7 +33,7 @@ class Report:
     baselines: dict[str, dict[str, float]]  # source -> baseline -> bits per byte
     evaluation: dict[str, Any] | None  # results.json
     release: dict[str, Any] | None  # {"bytes", "format", "bf16_bytes"}
-    int4_check: dict[str, Any] | None  # int4_check.json
+    held_out: dict[str, dict[str, Record]]  # format ("bf16", "int4") -> source -> scores of the release
     samples: list[dict[str, str]]  # samples.json
 
     @property
@@ -42,9 +42,10 @@ class Report:
         return list(dict.fromkeys(source for stage in self.stages for source in stage.validation))
 
     @property
-    def int4_change(self) -> float | None:
-        """By what fraction the held-out loss of the int4 release exceeds that of the same model in bf16."""
-        return self.int4_check["int4_loss"] / self.int4_check["bf16_loss"] - 1 if self.int4_check else None
+    def int4_losses(self) -> dict[str, tuple[float, float]]:
+        """Source -> held-out loss in bf16 and in int4, where both were measured."""
+        bf16, int4 = self.held_out["bf16"], self.held_out["int4"]
+        return {source: (bf16[source]["loss"], int4[source]["loss"]) for source in bf16 if source in int4}
 
 
 def read_report(folder: Path, data: Path | None = None) -> Report:
@@ -70,7 +71,7 @@ def read_report(folder: Path, data: Path | None = None) -> Report:
         },
         evaluation=read_json(folder / "eval" / "results.json"),
         release=read_release(folder / "export", stages[-1].facts.get("params_total")),
-        int4_check=read_json(folder / "int4_check.json"),
+        held_out={name: read_json(folder / f"validation-{name}.json") or {} for name in ("bf16", "int4")},
         samples=read_json(folder / "samples.json") or [],
     )
 
@@ -145,13 +146,12 @@ def release_line(report: Report) -> str:
     return line + (f" (the same weights in bf16: {release['bf16_bytes']:,})" if release["bf16_bytes"] else "")
 
 
-def int4_line(report: Report) -> str:
-    """Held-out loss of the int4 release beside that of the same model in bf16."""
-    check = report.int4_check
-    if check is None:
-        return "not compared yet"
-    losses = f"{check['bf16_loss']:.4f} in bf16, {check['int4_loss']:.4f} in int4"
-    return f"{losses}, {report.int4_change:+.2%} (held-out {check['source']})"
+def int4_lines(report: Report) -> list[str]:
+    """What quantisation costs: for each source the loss of the int4 release beside that of the same model in bf16."""
+    return [
+        f"held-out {source}: loss {bf16:.4f} in bf16, {int4:.4f} in int4 ({int4 / bf16 - 1:+.2%})"
+        for source, (bf16, int4) in report.int4_losses.items()
+    ]
 
 
 def summary(report: Report, page: Path) -> str:
@@ -159,7 +159,7 @@ def summary(report: Report, page: Path) -> str:
     parts = [
         align(stage_table(report)),
         f"Benchmarks: {score_line(report)}",
-        f"Release: {release_line(report)}\nHeld-out loss of the release: {int4_line(report)}",
+        "\n".join([f"Release: {release_line(report)}", *int4_lines(report)]),
         *(
             f"Sample ({s['kind']}): {' '.join((s['prompt'] + ' >>> ' + s['text']).split())[:300]}"
             for s in report.samples
@@ -216,7 +216,7 @@ def render(report: Report) -> str:
         baseline_labels=list(BASELINES),
         score_line=score_line(report),
         release_line=release_line(report),
-        int4_line=int4_line(report),
+        int4_lines=int4_lines(report),
     )
 
 

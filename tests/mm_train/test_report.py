@@ -49,7 +49,7 @@ def write_stage(folder: Path, name: str, first: float, last: float, *, finished:
 
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
-    """Two stages, an export, an evaluation, an int4 check and samples, as a finished quickstart leaves them."""
+    """Two stages, an export, an evaluation, held-out scores and samples, as a finished quickstart leaves them."""
     folder = tmp_path / "chain"
     write_stage(folder / "pretrain", "pretrain", 8.0, 3.0)
     write_stage(folder / "sft", "sft", 2.5, 2.0)
@@ -60,8 +60,8 @@ def chain(tmp_path: Path) -> Path:
     tasks = {"piqa": TASK | {"score": 0.625}, "drop": TASK | {"score": None, "status": "missing", "reason": "no data"}}
     results = {"format": "int4", "limit": 50, "average": 0.625, "tasks": tasks}
     (folder / "eval" / "results.json").write_text(json.dumps(results))
-    check = {"bf16_loss": 2.0, "int4_loss": 2.02, "bf16_bpb": 1.0, "int4_bpb": 1.01, "source": "code"}
-    (folder / "int4_check.json").write_text(json.dumps(check))
+    for name, loss in (("bf16", 2.0), ("int4", 2.02)):
+        (folder / f"validation-{name}.json").write_text(json.dumps({"code": {"loss": loss, "bits_per_byte": 1.0}}))
     samples = [{"prompt": "def f(", "text": "x):\n    <script>alert(1)</script>", "kind": "continuation"}]
     (folder / "samples.json").write_text(json.dumps(samples))
     return folder
@@ -95,7 +95,7 @@ def test_the_command_prints_the_summary_and_writes_the_page(chain, data, capsys)
     assert main([str(chain), "--data", str(data)]) == 0
     printed = capsys.readouterr().out
     assert "mobilemoe-int4-g32, 1,234 bytes (the same weights in bf16: 6,000)" in printed
-    assert "2.0000 in bf16, 2.0200 in int4, +1.00% (held-out code)" in printed
+    assert "held-out code: loss 2.0000 in bf16, 2.0200 in int4 (+1.00%)" in printed
     assert "Sample (continuation): def f( >>> x): <script>" in printed
     assert f"Report: {chain / 'report.html'}" in printed
 
@@ -146,7 +146,6 @@ def test_a_single_unfinished_run_says_what_is_missing(tmp_path, capsys):
     assert "pretrain (unfinished)" in printed
     assert "Benchmarks: not run yet" in printed
     assert "Release: not exported yet" in printed
-    assert "not compared yet" in printed
     assert "Not run yet." in (tmp_path / "run" / "report.html").read_text()
 
 
