@@ -159,8 +159,8 @@ class ShardWriter:
             self._num_padding += free
         self._close_full_shard()
 
-    def close(self) -> Manifest:
-        """Write what is left and the manifest; the data set can be read from here on."""
+    def close(self, extra: dict[str, Any] | None = None) -> Manifest:
+        """Write what is left, then the manifest: the shards can be read from here on. `extra` is added to the facts."""
         if self._filled:
             self._write_shard()
         facts = {
@@ -169,7 +169,7 @@ class ShardWriter:
             "num_padding": self._num_padding,
             "num_documents": self._num_documents,
             "num_bytes": self._num_bytes,
-            "extra": self._extra,
+            "extra": {**self._extra, **(extra or {})},
             "shards": [dataclasses.asdict(shard) for shard in self._shards],
         }
         content = {"format": FORMAT, "checksum": _checksum(facts), **facts}

@@ -1,0 +1,121 @@
+"""Shows what a model is going to read: windows of token shards, decoded, with document borders and the loss mask.
+
+Text that is trained on is green, text that is only read is grey, control tokens are yellow. Where colour is not wanted
+(NO_COLOR, or not a terminal), «guillemets» mark what is trained on instead.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mm_train.cli import UserError, command
+from mm_train.shards import ShardReader
+from mm_train.tokenizer import Tokenizer, load_tokenizer
+
+EXAMPLES = """examples:
+  python -m data_prep.peek data/quickstart                              what there is
+  python -m data_prep.peek data/quickstart/chat/train                   three windows, chosen at random
+  python -m data_prep.peek data/quickstart/code/val --window 40 --seq-len 2048
+  python -m data_prep.peek data/quickstart/docs/train --verify          read everything, compare every sha256
+"""
+GREEN, GREY, YELLOW, RESET = "\x1b[32m", "\x1b[90m", "\x1b[33m", "\x1b[0m"
+
+
+def overview(folder: Path) -> Iterator[str]:
+    """A line for each SOURCE/SPLIT of a data set folder. Raises UserError when there is none."""
+    found = sorted(file.parent for file in folder.glob("*/*/manifest.json"))
+    if not found:
+        raise UserError(f"no data set in {folder}: expected SOURCE/SPLIT folders as data_prep.run writes them")
+    for source in found:
+        facts = ShardReader(source).manifest
+        layout = f"rows of {facts.row_length}" if facts.row_length else facts.layout
+        yield (
+            f"{source}: {facts.num_tokens:,} tokens, {facts.num_documents:,} documents, {layout}, "
+            f"{len(facts.shards)} shard(s), {facts.domain}, {facts.licence}"
+        )
+
+
+def show_window(reader: ShardReader, tokenizer: Tokenizer, index: int, seq_len: int, colour: bool) -> Iterator[str]:
+    """A heading, then each document (or the part of one) in the window under a line that says where it begins."""
+    tokens, mask, starts = reader.window(index, seq_len)
+    facts = reader.manifest
+    yield f"=== {facts.source}/{facts.split} window {index}: {len(tokens)} tokens, {int(mask.sum())} trained on"
+    borders = sorted({0, len(tokens), *np.flatnonzero(starts).tolist()})
+    for begin, end in itertools.pairwise(borders):
+        if (tokens[begin:end] == tokenizer.pad_id).all():
+            yield f"--- padding, {end - begin} tokens"
+            continue
+        yield f"--- {'document' if starts[begin] else 'document that began earlier'}, {end - begin} tokens"
+        yield mark(tokens[begin:end], mask[begin:end], tokenizer, colour)
+
+
+def mark(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, colour: bool) -> str:
+    """The text of `tokens`, control tokens spelt out, with what `mask` selects set off."""
+    control = tokenizer.token_bytes()[tokens] == 0
+    parts = []
+    for trained, run in itertools.groupby(range(len(tokens)), lambda i: bool(mask[i])):
+        text = ""
+        for is_control, part in itertools.groupby(run, lambda i: bool(control[i])):
+            piece = _harmless(tokenizer.decode(tokens[list(part)].tolist(), skip_special=False))
+            shade = YELLOW if is_control else GREEN if trained else GREY
+            text += f"{shade}{piece}{RESET}" if colour else piece
+        parts.append(f"«{text}»" if trained and not colour else text)
+    return "".join(parts)
+
+
+def _harmless(text: str) -> str:
+    """Control characters out of a corpus must not reach the terminal: they are shown as \\x1b and the like."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.peek",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="a data set folder, or one SOURCE/SPLIT folder in it")
+    parser.add_argument("-n", type=int, default=3, help="how many windows (default: 3)")
+    parser.add_argument("--window", type=int, help="begin with this window instead of random ones")
+    parser.add_argument("--seq-len", type=int, help="length of a window (default: that of the rows, or 512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    parser.add_argument("--verify", action="store_true", help="compare the sha256 of every shard")
+    arguments = parser.parse_args(argv)
+
+    folder = arguments.folder
+    if not (folder / "manifest.json").is_file():
+        print("\n".join(overview(folder)))
+        return 0
+    reader = ShardReader(folder)
+    if arguments.verify:
+        reader.verify()
+        print(f"{folder}: {len(reader.manifest.shards)} shard(s) intact")
+    seq_len = arguments.seq_len or (reader.manifest.row_length or 513) - 1
+    count = reader.num_windows(seq_len)
+    if arguments.window is None:
+        chosen = sorted(random.Random(arguments.seed).sample(range(count), min(arguments.n, count)))
+    else:
+        chosen = list(range(arguments.window, min(arguments.window + arguments.n, count)))
+    if not chosen:
+        raise UserError(
+            f"{folder} has {count} windows of {seq_len} tokens: window {arguments.window} is not among them"
+        )
+    tokenizer = load_tokenizer(folder.resolve().parent.parent)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for index in chosen:
+        print("\n".join(show_window(reader, tokenizer, index, seq_len, colour)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
