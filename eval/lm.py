@@ -18,22 +18,24 @@ ENCODE_CHUNK = 1024  # requests encoded at once: bounds the memory of Python's l
 HEAD_ELEMENTS = 2**26  # logits held at once, 256 MiB in float32
 
 
+class ModelConfig(Protocol):
+    """What is read of a model's configuration."""
+
+    max_position_embeddings: int
+
+
 class Model(Protocol):
     """What is asked of a model: causal, and independent of what else is in the batch."""
 
-    config: "ModelConfig"
+    @property
+    def config(self) -> ModelConfig:
+        """Its configuration."""
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final hidden states [B, T, D]."""
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The head: [N, D] -> [N, V]."""
-
-
-class ModelConfig(Protocol):
-    """What is read of a model's configuration."""
-
-    max_position_embeddings: int
 
 
 class Request(Protocol):

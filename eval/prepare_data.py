@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -204,7 +205,7 @@ def build(root: Root, out: Path, source: str) -> Mirror:
     for recipe in tqdm(available, desc="building the mirror", unit="file", disable=None):
         try:
             table = recipe.convert((root / recipe.member).read_bytes())
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(f"{source}: {recipe.member} cannot be read: {error}") from None
         key, entry = write_split(out, recipe.dataset, table)
         files[key] = entry

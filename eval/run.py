@@ -31,8 +31,8 @@ EPILOG = """examples:
   python -m eval.run --list
 
 --limit N takes the first N items of a benchmark; of MMLU, N in all, dealt round robin over its 57 subjects.
-Results that --out already holds are kept when model, data and settings are the same: an evaluation that was
-interrupted goes on with the first unfinished benchmark.
+Results that --out already holds are kept when model, data, settings and code are the same: an evaluation that
+was interrupted goes on with the first unfinished benchmark.
 exit status: 0 all done ("not run" counts as done), 2 bad input, 3 data of a requested benchmark is missing.
 """
 
@@ -80,7 +80,7 @@ def load(path: Path, batch_tokens: int | None) -> Any:
 
 
 def format_of(path: Path) -> str:
-    """ "int4", "bf16" (release folders) or "run"."""
+    """What the folder holds: "int4" or "bf16" (releases), or "run" (training checkpoints)."""
     config = path / "config.json"
     if not config.is_file():
         return "run"
@@ -98,11 +98,15 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def evaluate(benchmarks: list[Benchmark], mirror: Mirror, lm: Any, limit: int | None, finished: Path) -> dict[str, Any]:
+def evaluate(
+    benchmarks: list[Benchmark], mirror: Mirror, lm: Any, model: Path, limit: int | None, finished: Path
+) -> dict[str, Any]:
     """The "tasks" of results.json. Each finished benchmark is kept in `finished`, for a later call with equal input."""
     from eval.score import score
 
-    same = [weights_sha256(lm.model), lm.tokenizer.sha256, str(lm.device), mirror.sha256, limit, versions()]
+    # The path is among them because a run's folder also says whether its weights are to be fake-quantised.
+    same = [str(model.resolve()), weights_sha256(lm.model), lm.tokenizer.sha256, str(lm.device)]
+    same += [code_sha256(), versions(), mirror.sha256, limit]
     tasks = {}
     for benchmark in benchmarks:
         status, reason = status_of(benchmark, mirror)
@@ -131,9 +135,17 @@ def evaluate(benchmarks: list[Benchmark], mirror: Mirror, lm: Any, limit: int | 
             write_atomic(file, json.dumps(asdict(result)).encode())
         result = json.loads(file.read_bytes())
         if cut := result.pop("num_truncated"):
-            entry["reason"] = f"{cut} prompts cut on the left to {lm.model.config.max_position_embeddings} tokens"
+            context = lm.model.config.max_position_embeddings
+            entry["reason"] = f"{cut} requests (prompt + choice) cut on the left to {context} tokens"
         entry |= result
     return tasks
+
+
+def code_sha256() -> str:
+    """Hash of the project's own code, so that results do not outlive the repair of a fault."""
+    root = Path(__file__).parent.parent
+    files = sorted(file for folder in ("eval", "kernels", "mm_train") for file in (root / folder).glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -151,7 +163,7 @@ def run(
     offline()
     finished = out / "finished"
     finished.mkdir(exist_ok=True)
-    tasks = evaluate(benchmarks, mirror, load(model, batch_tokens), limit, finished)
+    tasks = evaluate(benchmarks, mirror, load(model, batch_tokens), model, limit, finished)
     scores = [task["score"] for task in tasks.values() if task["status"] == "ok"]
     return {
         "model": str(model),

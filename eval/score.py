@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from eval.lm import MobileMoELM
 from eval.mirror import Mirror, MissingDataError
 from eval.suite import Benchmark
@@ -36,7 +38,7 @@ def offline() -> None:
         import datasets
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise UserError(f"evaluation needs the eval extra ({error}): pip install 'mobilemoe-train[eval]'") from None
+        raise UserError(f"evaluation needs the eval extra ({error}): pip install -e '.[eval]'") from None
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -78,7 +80,7 @@ def score(benchmark: Benchmark, mirror: Mirror, lm: MobileMoELM, limit: int | No
     tasks = load_tasks(benchmark, mirror)
     sizes = [len(task.task_docs) for task in tasks]
     items = []  # (task, document, its requests: one a choice)
-    for task_index, item in choose(sizes, limit):
+    for task_index, item in tqdm(choose(sizes, limit), desc=f"{benchmark.name}: prompts", leave=False, disable=None):
         task = tasks[task_index]
         document = task.task_docs[item]
         context = task.fewshot_context(document, num_fewshot=benchmark.shots, gen_prefix=task.doc_to_prefix(document))

@@ -7,8 +7,9 @@ HEADER = ("benchmark", "shots", "metric", "items", "score", "chance", "gold bpb"
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row a benchmark; scores in percent with their standard error."""
-    table = []
+    table: list[tuple[str, ...]] = []
     for name, task in results["tasks"].items():
+        cells = ("", "", "", "")
         if task["status"] == "ok":
             stderr = "" if task["stderr"] is None else f" ± {100 * task['stderr']:.1f}"
             cells = (
@@ -17,17 +18,18 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{100 * task['chance']:.1f}",
                 f"{task['bits_per_byte']:.3f}",
             )
-        else:
-            cells = ("", "", "", "")
-        status = task["status"] + (f": {task['reason']}" if task["reason"] else "")
-        table.append((name, str(task["shots"]), task["metric"], *cells, status))
+        table.append((name, str(task["shots"]), task["metric"], *cells, task["status"]))
     return table
 
 
 def notes(results: dict[str, Any], published: dict[str, float]) -> list[str]:
-    """What stands below the table."""
+    """What stands below the table: why a benchmark did not run, the average, how to read the columns."""
+    names_by_reason: dict[str, list[str]] = {}
+    for name, task in results["tasks"].items():
+        if task["reason"]:
+            names_by_reason.setdefault(f"{task['status']}, {task['reason']}", []).append(name)
+    lines = [f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
     done = [task for task in results["tasks"].values() if task["status"] == "ok"]
-    lines = []
     if done:
         lines.append(f"average of the {len(done)} that ran: {100 * results['average']:.1f}")
     lines.append(
@@ -35,7 +37,7 @@ def notes(results: dict[str, Any], published: dict[str, float]) -> list[str]:
         "better, moves before the scores do)"
     )
     averages = ", ".join(f"{model} {value}" for model, value in published.items())
-    lines.append(f"for orientation, published averages of all 14 (base models): {averages}; shots here are unverified")
+    lines.append(f"for orientation, published averages of all 14 (base models; settings may differ): {averages}")
     return lines
 
 

@@ -1,0 +1,103 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate
+
+from eval.lm import MobileMoELM
+from eval.mirror import Mirror, MissingDataError
+from eval.score import choose, load_tasks, score
+from eval.suite import load_suites
+
+BENCHMARKS = {b.name: b for b in load_suites()["paper14"].benchmarks}
+MULTIPLE_CHOICE = [name for name, b in BENCHMARKS.items() if b.kind == "multiple_choice"]
+
+
+@pytest.fixture
+def lm(model, tokenizer) -> MobileMoELM:
+    return MobileMoELM(model, tokenizer, batch_tokens=2048)
+
+
+@pytest.mark.parametrize("name", MULTIPLE_CHOICE)
+def test_equals_lm_evals_own_evaluation(name, mirror, lm, hflm):
+    benchmark = BENCHMARKS[name]
+    folder = Path(lm_eval.tasks.__file__).parent / benchmark.folder
+    with mirror.serving():
+        loaded = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False).load([benchmark.task])
+        for task in loaded["tasks"].values():
+            task.set_config("num_fewshot", benchmark.shots)
+        limits = (1, 57) if name == "mmlu" else (None, None)  # of MMLU the first question of each subject
+        expected = evaluate(hflm, loaded, limit=limits[0], log_samples=False)["results"][benchmark.task]
+    got = score(benchmark, mirror, lm, limit=limits[1])
+    assert got.score == pytest.approx(expected[f"{benchmark.metric},none"])
+    if name != "mmlu":  # lm-eval pools the errors of the subjects; here they are those of all items
+        assert got.stderr == pytest.approx(expected[f"{benchmark.metric}_stderr,none"])
+    assert got.n == (57 if name == "mmlu" else got.n_total)
+
+
+def test_bits_per_byte_is_that_of_the_right_answers(mirror, lm):
+    prompts = [
+        ("Question: keep bread fresh\nAnswer:", " Wrap it in a cloth."),
+        ("Question: remove a splinter\nAnswer:", " Use clean tweezers."),
+        ("Question: cool a drink\nAnswer:", " Add ice cubes to it."),
+    ]
+    nats = -sum(value for value, _ in lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in prompts]))
+    expected = nats / math.log(2) / sum(len(answer.encode()) for _, answer in prompts)
+    assert score(BENCHMARKS["piqa"], mirror, lm, None).bits_per_byte == pytest.approx(expected, rel=1e-5)
+
+
+def test_bits_per_byte_of_winogrande_is_of_the_text_after_the_right_name(mirror, lm):
+    prompts = [
+        ("The trophy did not fit in the case because the trophy", " was too big."),
+        ("Tom thanked Jim since Jim", " had helped him move."),
+    ]
+    nats = -sum(value for value, _ in lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in prompts]))
+    expected = nats / math.log(2) / sum(len(answer) for _, answer in prompts)
+    assert score(BENCHMARKS["winogrande"], mirror, lm, None).bits_per_byte == pytest.approx(expected, rel=1e-5)
+
+
+def test_chance_counts_the_choices_of_each_question(mirror, lm):
+    assert score(BENCHMARKS["arc_easy"], mirror, lm, None).chance == pytest.approx((1 / 4 + 1 / 3 + 1 / 4) / 3)
+    assert score(BENCHMARKS["winogrande"], mirror, lm, None).chance == 0.5
+
+
+def test_limit_takes_the_first_items(mirror, lm):
+    result = score(BENCHMARKS["piqa"], mirror, lm, limit=1)
+    assert (result.n, result.n_total, result.stderr) == (1, 3, None)
+    assert score(BENCHMARKS["piqa"], mirror, lm, limit=100).n == 3
+
+
+def test_limit_of_a_group_is_dealt_over_its_tasks(mirror, lm):
+    result = score(BENCHMARKS["mmlu"], mirror, lm, limit=60)
+    assert (result.n, result.n_total) == (60, 2 * 57)
+    assert choose([2, 1, 3], 4) == [(0, 0), (1, 0), (2, 0), (0, 1)]
+    assert choose([2, 1, 3], 100) == [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1), (2, 2)]
+    assert choose([2, 1], None) == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_cut_prompts_are_counted_per_benchmark(mirror, lm):
+    assert score(BENCHMARKS["mmlu"], mirror, lm, limit=2).num_truncated == 8
+    assert score(BENCHMARKS["piqa"], mirror, lm, limit=2).num_truncated == 0
+
+
+def test_few_shot_examples_never_come_from_the_evaluated_split(mirror, lm):
+    two_shot = replace(BENCHMARKS["piqa"], shots=2)
+    with pytest.raises(MissingDataError, match="piqa needs 2 few-shot examples, found 0"):
+        score(two_shot, mirror, lm, None)
+
+
+def test_mmlu_prompts_show_five_solved_questions_of_the_dev_split(mirror):
+    task = load_tasks(BENCHMARKS["mmlu"], mirror)[0]
+    context = task.fewshot_context(task.task_docs[0], num_fewshot=5)
+    assert context.count("\nAnswer: ") == 5
+    assert context.endswith("In abstract_algebra, the sixth?\nA. one\nB. two\nC. 3\nD. 4\nAnswer:")
+
+
+def test_one_missing_subject_makes_mmlu_missing(mirror):
+    partial = Mirror(mirror.folder)
+    partial.files = {key: entry for key, entry in mirror.files.items() if "/anatomy/" not in key}
+    with pytest.raises(MissingDataError, match="no data set cais/mmlu anatomy"):
+        load_tasks(BENCHMARKS["mmlu"], partial)
