@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mm_train.cli import UserError
+from mm_train.log_lines import Record, clock, load_factors, run_line, train_line, validation_line
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-Record = dict[str, Any]
 
 # The first part of a name is its panel group on W&B; what is not listed is shown under "train".
 WANDB_GROUPS = {
@@ -126,66 +127,70 @@ class Metrics:
     def say(self, text: str) -> None:
         """One line on the console (above a progress bar, if there is one) and, with the time of day, in train.log."""
         if self._is_main:
-            self._survive("the log", lambda: tqdm.write(text))
-            self._survive("the log", lambda: self._log.write(f"{time.strftime('%H:%M:%S')}  {text}\n"))
+            with self._surviving("the console"):
+                tqdm.write(text)
+            with self._surviving("train.log"):
+                self._log.write(f"{time.strftime('%H:%M:%S')}  {text}\n")
 
     def close(self) -> None:
         """Flush and close everything. Safe to call more than once."""
         if not self._is_main:
             return
         if self._wandb is not None:
-            self._survive("W&B", self._wandb.finish)
+            with self._surviving("W&B"):
+                self._wandb.finish()
             self._wandb = None
         for stream in (self._jsonl, self._log):
-            self._survive("the log", stream.close)
+            with self._surviving("the log"):
+                stream.close()
 
     def _record(self, record: Record) -> bool:
         """Append one line to metrics.jsonl; returns whether this rank is the one that logs."""
         if self._is_main:
-            line = json.dumps(plain(record), allow_nan=False) + "\n"
-            self._survive("metrics.jsonl", lambda: self._jsonl.write(line))
+            with self._surviving("metrics.jsonl"):
+                self._jsonl.write(json.dumps(plain(record), allow_nan=False) + "\n")
         return self._is_main
 
     def _track(self, step: int, values: dict[str, Any]) -> None:
         if self._wandb is not None:
-            shown = {name: value for name, value in plain(values).items() if value is not None}
-            self._survive("W&B", lambda: self._wandb.log({"step": step, **shown}))
+            with self._surviving("W&B"):
+                shown = {name: value for name, value in plain(values).items() if value is not None}
+                self._wandb.log({"step": step, **shown})
 
-    def _survive(self, what: str, action: Callable[[], Any]) -> None:
-        """Run `action`; a failure is said once and never reaches the training loop."""
+    @contextmanager
+    def _surviving(self, what: str, complaint: str = "") -> Iterator[None]:
+        """Run the block; a failure of `what` is said once and goes no further."""
         try:
-            action()
+            yield
         except Exception as error:  # W&B raises errors of many kinds, and none of them may end a training run
-            self._warn(what, f"{what} fails, training goes on: {first_line(error)}")
-
-    def _warn(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            if what not in self._said:
+                self._said.add(what)
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                complaint = complaint or f"{what} fails, training goes on"
+                print(f"warning: {complaint}: {reason}", file=sys.stderr, flush=True)
 
     def _start_wandb(self, folder: Path, mode: str, config: dict[str, Any], project: str, name: str) -> Any:
         """The W&B run of this folder: the one of an earlier process, continued, or a new one; None without W&B."""
-        mode = os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode
+        requested, mode = mode, os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode
         if mode == "disabled":
             return None
         try:
             import wandb
         except ImportError:
-            if mode != "auto":
+            if requested != "auto":
                 raise UserError(
                     f'W&B mode "{mode}" needs the wandb package: pip install "mobilemoe-train[tracking]"'
                 ) from None
             self.say("tracking: metrics.jsonl only (wandb is not installed)")
             return None
-        wandb.setup(wandb.Settings(silent=True))
         if mode == "auto":
-            try:
+            mode = "offline"
+            with self._surviving("W&B login", "W&B cannot use your login and stays offline"):  # say a malformed key
+                wandb.setup(wandb.Settings(silent=True))
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-            except Exception as error:  # a malformed key or settings file
-                self._warn("W&B login", f"W&B cannot use your login, so it stays offline: {first_line(error)}")
-                mode = "offline"
         for attempt in dict.fromkeys((mode, "offline")):  # what cannot be sent now can be sent later
-            try:
+            with self._surviving(f"W&B {attempt}", f"W&B {attempt} does not start"):
+                wandb.teardown()  # or the run id of a failed attempt stays taken
                 run = wandb.init(
                     dir=str(folder),
                     id=wandb_run_id(folder),
@@ -197,10 +202,6 @@ class Metrics:
                     settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=60),
                 )
                 run.define_metric("*", step_metric="step")  # W&B's own step cannot go back, as a resumed run's does
-            except Exception as error:
-                self._warn(f"W&B {attempt}", f"W&B {attempt} does not start: {first_line(error)}")
-                wandb.teardown()  # releases the run id for the next attempt
-            else:
                 local = Path(run.dir).parent
                 where = run.url if attempt == "online" else f"offline; to send it later: wandb sync {local}"
                 self.say(f"tracking: metrics.jsonl and W&B {where}")
@@ -263,89 +264,6 @@ def wandb_train_values(values: Record) -> Record:
     return named
 
 
-def load_factors(expert_load: list[list[float]] | None) -> list[float]:
-    """For each layer, how many times the mean the busiest expert gets: 1.0 is perfect balance, 0.0 no tokens."""
-    layers = [[share or 0.0 for share in layer] for layer in expert_load or []]
-    return [max(shares) * len(shares) / total if (total := sum(shares)) > 0 else 0.0 for shares in layers]
-
-
-def run_line(facts: Record) -> str:
-    """The opening line: what is trained, where, for how long."""
-    parts = [f"{facts.get('stage', 'run')}: model {facts.get('model', '?')}"]
-    if facts.get("params_total"):
-        parts.append(f"{short(facts['params_total'])} parameters, {short(facts.get('params_active'))} active per token")
-    if facts.get("world"):
-        parts.append(f"{facts['world']} rank(s), expert parallel {facts.get('expert_parallel', 1)}")
-    if facts.get("total_steps"):
-        parts.append(f"{facts['total_steps']} steps of {short(facts.get('global_batch_tokens'))} tokens")
-    return ", ".join(parts)
-
-
-def train_line(record: Record, facts: Record) -> str:
-    """One training interval in one line; what was not measured is left out."""
-    factors = load_factors(record.get("expert_load"))
-    total_steps, batch, rate = (
-        facts.get("total_steps"),
-        facts.get("global_batch_tokens"),
-        record.get("tokens_per_second"),
-    )
-    eta = clock((total_steps - record["step"]) * batch / rate) if total_steps and batch and rate else None
-    columns = [
-        ("tok {}", short(record.get("tokens"))),
-        ("loss {}", number(record.get("loss"), ".3f")),
-        ("lr {}", number(record.get("lr"), ".1e")),
-        ("|g| {}", number(record.get("grad_norm"), ".2f")),
-        ("drop {}", number(record.get("dropped_fraction"), ".1%")),
-        ("load {}x", number(max(factors), ".2f") if factors else None),
-        ("{} tok/s", short(record.get("tokens_per_second"))),
-        ("mfu {}", number(record.get("mfu"), ".1%")),
-        ("mem {} GiB", number(record.get("memory_gib"), ".1f")),
-        ("eta {}", eta),
-    ]
-    parts = [text.format(value) for text, value in columns if value is not None]
-    return "  ".join([step_label(record["step"], facts), *parts])
-
-
-def validation_line(record: Record, facts: Record) -> str:
-    """The held-out result of one source in one line."""
-    loss, bits = number(record.get("loss"), ".3f"), number(record.get("bits_per_byte"), ".3f")
-    tail = f"  {bits} bits per byte" if bits is not None else ""
-    return f"{step_label(record['step'], facts)}  held-out {record['source']}  loss {loss}{tail}"
-
-
-def step_label(step: int, facts: Record) -> str:
-    """`step  120/800`, aligned through a run."""
-    total = facts.get("total_steps")
-    return f"step {step:>{len(str(total))}}/{total}" if total else f"step {step}"
-
-
-def number(value: float | None, spec: str) -> str | None:
-    """A formatted number; None stays None, and what is not finite is spelt out."""
-    if value is None:
-        return None
-    return format(value, spec) if math.isfinite(value) else str(value)
-
-
-def short(value: float | None) -> str | None:
-    """A count in three significant digits: 983 -> "983", 9834 -> "9.83k", 1263374256 -> "1.26B"."""
-    if value is None or not math.isfinite(value):
-        return None
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:  # what rounds up to the next unit belongs there
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def clock(seconds: float) -> str:
-    """A duration as mm:ss, h:mm:ss or d days h:mm:ss."""
-    days, rest = divmod(round(seconds), 86400)
-    hours, rest = divmod(rest, 3600)
-    minutes, rest = divmod(rest, 60)
-    if days:
-        return f"{days}d {hours}:{minutes:02d}:{rest:02d}"
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
-
-
 def plain(value: Any) -> Any:
     """A value as JSON can hold it: arrays and tensors become lists or numbers, NaN and infinities become None."""
     if hasattr(value, "tolist"):
@@ -357,8 +275,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_train.cli import UserError, command
 from mm_train.files import write_atomic
-from mm_train.metrics import Record, short
+from mm_train.log_lines import Record, short
 from mm_train.run_folder import Stage, read_stages
 
 EXAMPLES = """examples:

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter, PercentFormatter
 
-from mm_train.metrics import load_factors, short
+from mm_train.log_lines import load_factors, short
 from mm_train.run_folder import Stage
 
 # Placeholder -> CSS variable of the page.

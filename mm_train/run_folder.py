@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_train.cli import UserError
-from mm_train.metrics import Record, read_metrics
+from mm_train.log_lines import Record
+from mm_train.metrics import read_metrics
 
 Series = tuple[list[float], list[float]]  # tokens so far, values
 

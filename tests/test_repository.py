@@ -21,7 +21,7 @@ MAY_IMPORT = {  # the project's own packages that each may import
     "launch": {"launch", "mm_train"},
 }
 ONLY_IN = {"deepspeed": "mm_train/parallel.py", "megatron": "mm_train/parallel.py", "wandb": "mm_train/metrics.py"}
-TORCH_FREE = ("cli", "config", "files", "metrics", "report", "run_folder", "shards", "tokenizer")
+TORCH_FREE = ("cli", "config", "files", "log_lines", "metrics", "report", "run_folder", "shards", "tokenizer")
 
 
 @cache

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mm_train.cli import UserError
-from mm_train.metrics import Metrics, clock, load_factors, read_metrics, short, train_line, wandb_train_values
+from mm_train.metrics import Metrics, read_metrics, wandb_train_values
 
 
 def make_metrics(folder, *, is_main=True, wandb_mode="disabled") -> Metrics:
@@ -97,13 +97,11 @@ def test_the_log_has_one_readable_line_per_record(tmp_path, capsys):
         expert_load=[[0.25, 0.25, 0.25, 0.25], [0.3275, 0.2, 0.2, 0.2725]],
     )
     metrics.close()
-    expected = "step 120/800  tok 983k  loss 3.214  lr 9.1e-04  |g| 0.83  drop 0.4%  load 1.31x  6.2k tok/s  eta 14:58"
+    expected = (
+        "step 120/800  tok  983k  loss 3.214  lr 9.1e-04  |g| 0.83  drop 0.4%  load 1.31x   6.2k tok/s  eta 14:58"
+    )
     assert expected in capsys.readouterr().out.splitlines()
     assert (tmp_path / "train.log").read_text().splitlines()[-1].endswith(expected)
-
-
-def test_a_line_says_nan_and_leaves_out_what_was_not_measured():
-    assert train_line({"step": 3, "loss": math.nan, "lr": None}, {}) == "step 3  loss nan"
 
 
 def test_an_unwritable_run_folder_is_one_clear_error(tmp_path):
@@ -171,23 +169,3 @@ def test_wandb_names_are_grouped():
         "throughput/tokens_per_second": 9.0,
         "router/load_max/layer_00": 1.5,
     }
-
-
-def test_load_factors():
-    assert load_factors(None) == []
-    assert load_factors([[0.25] * 4, [0.0, 0.0], [None, math.nan], [1.0, 0.0, 0.0, 0.0]]) == [1.0, 0.0, 0.0, 4.0]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, None), (7, "7"), (983, "983"), (9834, "9.83k"), (999_600, "1M"), (1_263_374_256, "1.26B"), (6e12, "6T")],
-)
-def test_short(value, text):
-    assert short(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(12.4, "00:12"), (3599.6, "1:00:00"), (3725, "1:02:05"), (200_000, "2d 7:33:20")]
-)
-def test_clock(seconds, text):
-    assert clock(seconds) == text
