@@ -1,7 +1,7 @@
 """Tokens to expert rows and back, as gathers in both directions: no scatter, no atomics, repeatable bit for bit.
 
-Shapes: T tokens, K experts per token, E experts, D model width, R expert rows. A *slot* is one (token, k) pair, numbered
-token * K + k. A plan is two index tables that invert each other:
+Shapes: T tokens, K experts per token, E experts, D model width, R expert rows. A *slot* is one (token, k) pair,
+numbered token * K + k. A plan is two index tables that invert each other:
 
     slot_R   which slot fills row r   (T * K: the row is padding)
     row_TK   which row serves the slot (R: the slot was dropped)

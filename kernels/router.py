@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 
-def route(
-    logits_TE: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise: bool = True
-) -> tuple[Tensor, Tensor]:
+def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise: bool = True) -> tuple[Tensor, Tensor]:
     """Choose `top_k` experts a token and weigh them.
 
     Args:

@@ -9,10 +9,12 @@ shared out over the ranks, so that all write at the same time. A checkpoint is w
 renamed, and only then named by `latest`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,11 +42,15 @@ def save(run_dir: Path, step: int, engine: Engine, groups: Groups, cfg: config.C
     root = run_dir / "checkpoints"
     final, partial = root / f"step-{step:08d}", root / f"step-{step:08d}.partial"
     if groups.is_main:
-        _guard(partial, lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True)))
+        with _write_errors(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     groups.barrier()
     share, parts = _share(engine, groups)
     file = partial / f"rank-{groups.rank:05d}.safetensors"
-    _guard(file, lambda: (save_file(share, file), _sync(file)))
+    with _write_errors(file):
+        save_file(share, file)
+        _sync(file)
     record = {"file": file.name, "sha256": _sha256(file), "bytes": file.stat().st_size, "parts": parts}
     records = [record]
     if groups.world > 1:
@@ -53,7 +59,8 @@ def save(run_dir: Path, step: int, engine: Engine, groups: Groups, cfg: config.C
     if groups.is_main:
         manifest = {"format": FORMAT, "step": step, **facts, "config": asdict(cfg)}
         manifest |= {"world": groups.world, "expert_parallel": groups.ep_size, "files": records}
-        _guard(partial, lambda: _publish(root, partial, final, manifest))
+        with _write_errors(partial):
+            _publish(root, partial, final, manifest)
         _prune(root, cfg.checkpoint.keep)
     groups.barrier()
     return final
@@ -176,9 +183,9 @@ class Reader:
             raise UserError(f"checkpoint {self.folder} has no tensor {name}")
         if parts[0][1] is None:
             return self.files[parts[0][0]].get_tensor(f"{kind}/{name}")
-        wanted = experts or range(self.model_config.num_local_experts)
+        wanted = range(self.model_config.num_local_experts) if experts is None else experts
         slices = []
-        for file, (start, stop) in parts:
+        for file, (start, stop) in ((file, span) for file, span in parts if span is not None):
             low, high = max(start, wanted.start), min(stop, wanted.stop)
             if low < high:
                 slices.append(self.files[file].get_slice(f"{kind}/{name}")[low - start : high - start])
@@ -229,9 +236,11 @@ def check_data(reader: Reader, fingerprint: str, global_rows: int) -> None:
         )
 
 
-def _guard(path: Path, write) -> None:
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """What goes wrong while writing `path`, as one clear error."""
     try:
-        write()
+        yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write checkpoint {path}: {getattr(error, 'strerror', None) or error}") from None
 

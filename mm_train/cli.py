@@ -1,7 +1,9 @@
 """What every command of the project shares: one-line errors and a clean exit status. Torch-free."""
 
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -25,7 +27,13 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            rank = int(os.environ.get("RANK", "0"))
+            if rank:
+                # All ranks usually fail alike. Rank 0 speaks first and the launcher then ends the others; what is
+                # still alive after the pause has a trouble of its own.
+                time.sleep(3)
+            prefix = f"[rank {rank}] " if rank else ""
+            print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -165,9 +165,9 @@ class Config:
         micro_tokens = self.train.micro_batch_size * self.data.seq_len
         if self.train.global_batch_tokens % (micro_tokens * world):
             raise UserError(
-                f"train.global_batch_tokens ({self.train.global_batch_tokens}) must be a multiple of train.micro_batch_size"
-                f" ({self.train.micro_batch_size}) x data.seq_len ({self.data.seq_len}) x processes ({world})"
-                f" = {micro_tokens * world}"
+                f"train.global_batch_tokens ({self.train.global_batch_tokens}) must be a multiple of"
+                f" train.micro_batch_size ({self.train.micro_batch_size}) x data.seq_len ({self.data.seq_len})"
+                f" x processes ({world}) = {micro_tokens * world}"
             )
         return self.train.global_batch_tokens // (micro_tokens * world)
 
@@ -218,7 +218,7 @@ def save(config: Config, path: Path) -> None:
 
 
 def model_difference(here: Model, there: Model) -> str | None:
-    """The first key in which two networks differ, in words; None when weights of one fit the other and mean the same."""
+    """The first key in which two networks differ, in words; None when the weights of one mean the same in the other."""
     free = {"name", "initializer_range", "max_position_embeddings"}
     for f in fields(Model):
         ours, theirs = getattr(here, f.name), getattr(there, f.name)

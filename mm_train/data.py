@@ -7,7 +7,7 @@ Shape suffixes: B rows, T tokens.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Batch:
 
 
 def feistel(index: int, size: int, key: int) -> int:
-    """Image of `index` under a keyed permutation of range(size): four Feistel rounds, walking cycles back into range."""
+    """Image of `index` under a keyed permutation of range(size): four Feistel rounds, cycles walked back into range."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -82,13 +82,10 @@ class Mixture:
     """Sample number k -> (source, epoch, window)."""
 
     def __init__(self, weights: Mapping[str, float], num_windows: Mapping[str, int], seed: int) -> None:
-        """`num_windows` says how many rows each source has. Raises UserError for a weighted source without any."""
+        """`num_windows` says how many rows each source has (at least one)."""
         self.quotas = {name: count for name, count in quotas(weights).items() if count}
         self.num_windows = {name: num_windows[name] for name in self.quotas}
         self.seed = seed
-        for name, count in self.num_windows.items():
-            if count == 0:
-                raise UserError(f"source {name!r} has not a single full row: lower data.seq_len or prepare more text")
         self.owner = [name for name, count in self.quotas.items() for _ in range(count)]
         self.first = {name: self.owner.index(name) for name in self.quotas}
 
@@ -115,7 +112,7 @@ class Loader:
     def __init__(self, path: str | Path, weights: Mapping[str, float], seq_len: int, seed: int) -> None:
         """Raises UserError for a missing source, a damaged shard, or sources of different tokenizers."""
         self.seq_len = seq_len
-        self.readers = open_sources(path, weights, "train")
+        self.readers = open_sources(path, weights, "train", seq_len)
         windows = {name: reader.num_windows(seq_len) for name, reader in self.readers.items()}
         self.mixture = Mixture(weights, windows, seed)
 
@@ -141,8 +138,12 @@ class Loader:
         return collate([self.readers[s.source].window(s.window, self.seq_len) for s in samples])
 
 
-def open_sources(path: str | Path, names, split: str) -> dict[str, ShardReader]:
-    """Readers of `split` of each named source of the data set folder `path`, all of one tokenizer."""
+def open_sources(path: str | Path, names: Iterable[str], split: str, seq_len: int) -> dict[str, ShardReader]:
+    """Readers of `split` of each named source of the data set folder `path`, fit for rows of `seq_len`.
+
+    Raises UserError for a missing folder, source or shard, sources of different tokenizers, a packed source of another
+    row length, and a source without a single full row.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"data set folder not found: {path} (prepare one with python -m data_prep.run)")
@@ -152,6 +153,12 @@ def open_sources(path: str | Path, names, split: str) -> dict[str, ShardReader]:
             raise UserError(f"data set {path} has no {split} split of source {name!r}; it has: {', '.join(found)}")
     readers = {name: ShardReader(path / name / split) for name in names}
     check_one_tokenizer(reader.manifest for reader in readers.values())
+    for name, reader in readers.items():
+        if reader.num_windows(seq_len) == 0:
+            raise UserError(
+                f"source {name!r} of {path} has not a single row of {seq_len} tokens in its {split} split:"
+                " lower data.seq_len or prepare more text"
+            )
     return readers
 
 

@@ -1,6 +1,7 @@
 """Tokens to their experts and back, wherever the experts live: drop-and-pad or dropless, with or without all-to-all.
 
-Shapes: T tokens of this rank, K experts per token, E experts over all ranks, D model width, R rows of the local experts.
+Shapes: T tokens of this rank, K experts per token, E experts over all ranks, D model width, R rows of the local
+experts.
 """
 
 import math

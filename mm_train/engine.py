@@ -1,4 +1,4 @@
-"""One optimizer step on one process in plain PyTorch, and the interface that mm_train.parallel's DeepSpeed engine shares."""
+"""Gradients and optimizer steps on one process in plain PyTorch, and the interface shared with DeepSpeed's engine."""
 
 from typing import Protocol
 

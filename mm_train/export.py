@@ -1,7 +1,7 @@
 """Export a checkpoint as a release folder: the step between training and a device.
 
-    python -m mm_train.export --checkpoint runs/quickstart/qat --out runs/quickstart/export
-    python -m mm_train.export --checkpoint runs/quickstart/sft --out out/ --format bf16
+python -m mm_train.export --checkpoint runs/quickstart/qat --out runs/quickstart/export
+python -m mm_train.export --checkpoint runs/quickstart/sft --out out/ --format bf16
 """
 
 import argparse
@@ -55,8 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     file = export(args.checkpoint, args.out, args.format)
     print(f"{args.format} release: {file} ({file.stat().st_size:,} bytes)")
-    if args.format == "int4" and how(checkpoint.Reader(checkpoint.find(args.checkpoint)).run_config, "int4").startswith("post"):
-        print("note: this checkpoint is not from quantisation-aware training; its weights were quantised after training")
+    if args.format == "int4" and how(checkpoint.Reader(checkpoint.find(args.checkpoint)).run_config, "int4").startswith(
+        "post"
+    ):
+        print(
+            "note: this checkpoint is not from quantisation-aware training; its weights were quantised after training"
+        )
     return 0
 
 

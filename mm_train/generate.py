@@ -1,7 +1,7 @@
 """Let a model write: continuations of text, or answers in the chat format.
 
-    python -m mm_train.generate --model runs/quickstart/export --prompt "import os"
-    python -m mm_train.generate --model runs/quickstart/export --chat --prompt "What does textwrap.dedent do?"
+python -m mm_train.generate --model runs/quickstart/export --prompt "import os"
+python -m mm_train.generate --model runs/quickstart/export --chat --prompt "What does textwrap.dedent do?"
 """
 
 import argparse

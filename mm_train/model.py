@@ -1,13 +1,13 @@
 """The MobileMoE network on one device (arXiv 2605.27358). Module names are the released checkpoints' tensor names.
 
-Shape suffixes: B batch rows, T tokens of a row, N = B * T, D model width, H query heads, G key-value heads, C head width,
-V vocabulary, L layers, E experts. Parameters are float32; activations run in `compute_dtype`, norms and router in float32.
-No parallel code: mm_train.parallel changes a finished model from outside.
+Shape suffixes: B batch rows, T tokens of a row, N = B * T, D model width, H query heads, G key-value heads, C head
+width, V vocabulary, L layers, E experts. Parameters are float32; activations run in `compute_dtype`, norms and router
+in float32. No parallel code: mm_train.parallel changes a finished model from outside.
 """
 
 import math
 import zlib
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +53,8 @@ def rope_frequencies(model: config.Model) -> Tensor:
         return frequencies
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # full turns in the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    if low == high:  # the smoothing term would be 0 / 0
-        keep = (turns >= high).float()
-    else:
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    # With equal factors the smoothing term would be 0 / 0.
+    keep = (turns >= high).float() if low == high else ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
@@ -147,7 +145,13 @@ class MobileMoE(nn.Module):
     def forward(
         self, tokens_BT: Tensor, labels_BT: Tensor | None = None, document_BT: Tensor | None = None
     ) -> Tensor | Losses:
-        """Logits [B, T, V], or Losses when `labels_BT` is given (kernels.cross_entropy.IGNORE: not scored).
+        """Logits [B, T, V], or Losses when `labels_BT` is given: engines call the module, so both go through here."""
+        if labels_BT is None:
+            return self.logits(self.hidden(tokens_BT))
+        return self.losses(tokens_BT, labels_BT, document_BT)
+
+    def losses(self, tokens_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Losses:
+        """Training sums. Labels are kernels.cross_entropy.IGNORE where a token is not scored.
 
         `document_BT` numbers the document of each token: attention stays inside a document.
         """
@@ -155,8 +159,6 @@ class MobileMoE(nn.Module):
         hidden_BTD, stats = self._backbone(tokens_BT, document_BT, table_VD)
         hidden_ND = self.model.embed_tokens.head_input(hidden_BTD).flatten(0, 1)
         weight_VD = table_VD.to(hidden_ND.dtype)
-        if labels_BT is None:
-            return F.linear(hidden_ND, weight_VD).unflatten(0, tokens_BT.shape)
         return Losses(
             linear_cross_entropy(hidden_ND, weight_VD, labels_BT.flatten()),
             torch.stack([s.z_loss_sum for s in stats]).sum(),
@@ -190,7 +192,7 @@ class MobileMoE(nn.Module):
 
     def moe_layers(self) -> list[MoELayer]:
         """The mixture layers, first to last."""
-        return [layer.feed_forward for layer in self.model.layers]
+        return [cast(MoELayer, layer.feed_forward) for layer in self.model.layers]
 
     def init_weights(self, seed: int) -> None:
         """Normal(0, initializer_range); projections into the residual stream shrunk by sqrt(2 L) (ours, GPT-2 style).

@@ -7,7 +7,7 @@ deepspeed 0.19.8, which is therefore pinned; what it needs of them is noted wher
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ class Groups:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     ep: dist.ProcessGroup | None = None
     ep_rank: int = 0
     ep_size: int = 1
@@ -66,7 +66,9 @@ def init_groups(parallel: config.Parallel) -> Groups:
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world % parallel.expert_parallel:
-        raise UserError(f"parallel.expert_parallel ({parallel.expert_parallel}) must divide the number of processes ({world})")
+        raise UserError(
+            f"parallel.expert_parallel ({parallel.expert_parallel}) must divide the number of processes ({world})"
+        )
     if world > 1 and parallel.engine == "plain":
         raise UserError(f"parallel.engine=plain runs on one process; there are {world}: use deepspeed or auto")
     device = torch.device("cpu")
@@ -130,12 +132,18 @@ def shard_experts(model: MobileMoE, groups: Groups) -> None:
     for layer in model.moe_layers():
         for name, whole in list(layer.experts.named_parameters()):
             local = nn.Parameter(whole.data[mine.start : mine.stop].clone())
-            local.allreduce = False  # DeepSpeed: reduce over the expert-data-parallel group only
-            local.group_name = f"ep_size_{groups.ep_size}"
+            vars(local).update(  # DeepSpeed: reduce over the expert-data-parallel group only
+                allreduce=False, group_name=f"ep_size_{groups.ep_size}"
+            )
             setattr(layer.experts, name, local)
         layer.dispatcher.group, layer.dispatcher.ranks = groups.ep, groups.ep_size
         layer.__class__ = expert_parallel_class
-        layer.mark(groups)
+        vars(layer).update(  # what the engine reads of deepspeed's MoE; its own gate and experts are never made
+            num_experts=model.config.num_local_experts,
+            num_local_experts=len(mine),
+            ep_size=groups.ep_size,
+            expert_group_name=f"ep_size_{groups.ep_size}",
+        )
 
 
 def _expert_parallel_layer() -> type:
@@ -143,13 +151,6 @@ def _expert_parallel_layer() -> type:
     from deepspeed.moe.layer import MoE
 
     class ExpertParallelMoE(MoELayer, MoE):
-        def mark(self, groups: Groups) -> None:
-            """The attributes of MoE that the engine reads; its own gate and experts are never made."""
-            self.num_experts = self.model.num_local_experts
-            self.ep_size = groups.ep_size
-            self.num_local_experts = self.num_experts // groups.ep_size
-            self.expert_group_name = f"ep_size_{groups.ep_size}"
-
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             """The groups exist already (init_groups)."""
 
@@ -164,7 +165,7 @@ def build_engine(model: MobileMoE, cfg: config.Config, groups: Groups) -> Engine
 
 
 class DeepSpeedEngine:
-    """deepspeed.initialize around the model: ZeRO, gradient reduction over the right groups, clipping over all ranks."""
+    """deepspeed.initialize around the model: ZeRO, gradient reduction over the right groups, global clipping."""
 
     def __init__(self, model: MobileMoE, cfg: config.Config, groups: Groups) -> None:
         import deepspeed
@@ -176,7 +177,9 @@ class DeepSpeedEngine:
         self.groups = groups
         param_groups = parameter_groups(model, cfg.optim)
         if groups.ep is not None:
-            param_groups = [g for g in split_params_into_different_moe_groups_for_optimizer(param_groups) if g["params"]]
+            param_groups = [
+                g for g in split_params_into_different_moe_groups_for_optimizer(param_groups) if g["params"]
+            ]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=adamw(param_groups, cfg.optim),

@@ -30,7 +30,9 @@ def quantise(weight: Tensor, axis: int = -1) -> tuple[Tensor, Tensor]:
     """
     length = weight.shape[axis]
     if length % GROUP:
-        raise UserError(f"cannot quantise shape {tuple(weight.shape)}: axis {axis} ({length}) is not a multiple of {GROUP}")
+        raise UserError(
+            f"cannot quantise shape {tuple(weight.shape)}: axis {axis} ({length}) is not a multiple of {GROUP}"
+        )
     groups = _grouped(weight.float(), axis)
     largest = groups.abs().amax(-1)
     if not torch.isfinite(largest).all():
@@ -108,7 +110,7 @@ class _FakeQuantiseActivations(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class FakeQuant:
-    """How a module sees its weights and inputs in quantisation-aware training. The router has none: it stays float32."""
+    """How a module sees its weights and inputs in quantisation-aware training. The router has none: it stays exact."""
 
     expert_axis: int = -1  # of [E, in, out]: -1 groups along out (the release format), -2 along in (device formats)
     activations_int8: bool = True
@@ -163,4 +165,4 @@ def enable_fake_quant(model: nn.Module, fake_quant: FakeQuant) -> None:
     """Make every linear, embedding and expert of `model` quantisation-aware, in place."""
     for module in model.modules():
         if hasattr(type(module), "fake_quant"):
-            module.fake_quant = fake_quant
+            setattr(module, "fake_quant", fake_quant)  # noqa: B010 - nn.Module has no such attribute for a type checker

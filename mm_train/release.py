@@ -1,7 +1,7 @@
 """Release folders: config.json + model.safetensors in bf16 or mobilemoe-int4-g32, in the released checkpoints' layout.
 
-    save_release(model, "out/", format="int4", tokenizer=load_tokenizer("data/quickstart"))
-    model = load_release("out/")
+save_release(model, "out/", format="int4", tokenizer=load_tokenizer("data/quickstart"))
+model = load_release("out/")
 """
 
 import json
@@ -57,7 +57,9 @@ def save_release(
     try:
         partial.mkdir(parents=True)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / "config.json").write_text(json.dumps(release_config(model.config, format, tokenizer, facts), indent=2))
+        (partial / "config.json").write_text(
+            json.dumps(release_config(model.config, format, tokenizer, facts), indent=2)
+        )
         if tokenizer is not None:
             tokenizer.save(partial)
         if path.exists():
@@ -214,7 +216,7 @@ def _plain(stored: dict[str, Tensor], model: MobileMoE) -> dict[str, Tensor]:
         code_name, scale_name = _int4_names(name)
         if code_name in plain and scale_name in plain:
             codes, scales = unpack(plain.pop(code_name)), plain.pop(scale_name)
-            if codes.shape[:-1] + (codes.shape[-1] // GROUP,) != scales.shape:
+            if (*codes.shape[:-1], codes.shape[-1] // GROUP) != scales.shape:
                 raise UserError(
                     f"tensor {scale_name} has shape {tuple(scales.shape)}; codes {tuple(codes.shape)} need"
                     f" {(*codes.shape[:-1], codes.shape[-1] // GROUP)}"

@@ -1,7 +1,7 @@
 """Train one stage: one process, or many under torchrun; the same command again resumes.
 
-    python -m mm_train.train configs/model/tiny.yaml configs/stage/tiny/pretrain.yaml run.dir=runs/try
-    torchrun --nproc-per-node 2 -m mm_train.train MODEL.yaml STAGE.yaml parallel.expert_parallel=2 run.dir=runs/try
+python -m mm_train.train configs/model/tiny.yaml configs/stage/tiny/pretrain.yaml run.dir=runs/try
+torchrun --nproc-per-node 2 -m mm_train.train MODEL.yaml STAGE.yaml parallel.expert_parallel=2 run.dir=runs/try
 """
 
 import argparse
@@ -55,7 +55,7 @@ def train(cfg: config.Config) -> None:
 
     # --- data and place -------------------------------------------------------------------------------------------
     loader = Loader(cfg.data.path, cfg.data.mixture, cfg.data.seq_len, cfg.train.seed)
-    held_out = open_sources(cfg.data.path, cfg.data.validation, "val")
+    held_out = open_sources(cfg.data.path, cfg.data.validation, "val", cfg.data.seq_len)
     tokenizer = load_tokenizer(cfg.data.path)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise UserError(f"model.vocab_size ({cfg.model.vocab_size}) is below the tokenizer's {tokenizer.vocab_size}")
@@ -138,14 +138,12 @@ def train(cfg: config.Config) -> None:
         metrics.checkpoint(step, seconds=time.perf_counter() - begun, bytes=size)
 
     # --- the loop -------------------------------------------------------------------------------------------------
-    if first_step == 0 and held_out:
+    if first_step == 0 and held_out and not cfg.init_from:  # a later stage starts where the stage before ended
         held_out_scores(0)
     interval.start()
     for step in progress(range(first_step, cfg.total_steps), cfg, groups):
         begun = time.perf_counter()
-        batches = list(
-            loader.micro_batches(step, global_rows, cfg.train.micro_batch_size, groups.rank, groups.world)
-        )
+        batches = list(loader.micro_batches(step, global_rows, cfg.train.micro_batch_size, groups.rank, groups.world))
         scored = groups.sum(torch.tensor(float(sum(b.num_scored for b in batches)), device=groups.device))
         interval.data_seconds += time.perf_counter() - begun
         for batch in batches:

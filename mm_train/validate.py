@@ -1,13 +1,13 @@
 """Held-out loss and bits per byte, of a model in training or of any saved one.
 
-    python -m mm_train.validate --model runs/quickstart/qat --data data/quickstart --sources code,docs
+python -m mm_train.validate --model runs/quickstart/qat --data data/quickstart --sources code,docs
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import IGNORE
-from mm_train.cli import UserError, command
+from mm_train.cli import command
 from mm_train.data import collate, open_sources
-from mm_train.model import Losses, MobileMoE
+from mm_train.model import MobileMoE
 from mm_train.parallel import Groups
 from mm_train.shards import ShardReader
 from mm_train.tokenizer import load_tokenizer
@@ -59,9 +59,7 @@ def validate(
         windows = reader.num_windows(seq_len)
         if max_tokens:
             windows = min(windows, max(1, max_tokens // seq_len))
-        if windows == 0:
-            raise UserError(f"the held-out split of {name!r} has not a single row of {seq_len} tokens: prepare more text")
-        sums = _sum_rows(model.forward, reader, windows, seq_len, rows, bytes_V, groups)
+        sums = _sum_rows(model, reader, windows, seq_len, rows, bytes_V, groups)
         nats, tokens, num_bytes = groups.sum(sums).tolist()
         scores[name] = Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1), int(tokens), int(num_bytes))
     model.train(training)
@@ -69,7 +67,7 @@ def validate(
 
 
 def _sum_rows(
-    forward: Callable[..., Tensor | Losses],
+    model: MobileMoE,
     reader: ShardReader,
     windows: int,
     seq_len: int,
@@ -80,11 +78,11 @@ def _sum_rows(
     """Nats, scored tokens and their bytes over this rank's share of the rows, float64."""
     sums = torch.zeros(3, dtype=torch.float64, device=groups.device)
     for start in range(0, windows, rows * groups.world):
-        # Every rank makes the same number of forward passes, as all-to-all needs; what is beyond the end scores nothing.
+        # All ranks make equally many forward passes, as all-to-all needs; rows beyond the end score nothing.
         first = start + groups.rank * rows
         batch = collate([reader.window(i % windows, seq_len) for i in range(first, first + rows)]).to(groups.device)
         batch.labels_BT[max(0, windows - first) :] = IGNORE
-        losses = forward(batch.tokens_BT, batch.labels_BT, batch.document_BT)
+        losses = model.losses(batch.tokens_BT, batch.labels_BT, batch.document_BT)
         scored = batch.labels_BT[batch.labels_BT != IGNORE]
         sums += torch.stack([losses.cross_entropy_sum.double(), _count(scored), bytes_V[scored].sum().double()])
     return sums
@@ -108,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model = load_model(args.model)
     tokenizer = load_tokenizer(args.data)
-    readers = open_sources(args.data, args.sources.split(","), "val")
+    readers = open_sources(args.data, args.sources.split(","), "val", args.seq_len)
     scores = validate(model, readers, tokenizer.token_bytes(), args.seq_len, args.rows, Groups())
     for name, score in scores.items():
         print(f"{name:12s} loss {score.loss:.4f}  {score.bits_per_byte:.4f} bits per byte  {score.tokens} tokens")

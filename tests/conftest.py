@@ -34,7 +34,15 @@ def data_set(tmp_path_factory, byte_tokenizer) -> Path:
             code.add(ids, num_bytes=len(text.encode()))
         code.close()
         chat = ShardWriter(
-            folder, "chat", split, licence="PSF-2.0", domain="chat", layout="packed", row_length=65, has_mask=True, **facts
+            folder,
+            "chat",
+            split,
+            licence="PSF-2.0",
+            domain="chat",
+            layout="packed",
+            row_length=65,
+            has_mask=True,
+            **facts,
         )
         for line in "".join(documents).splitlines():
             ids, mask = byte_tokenizer.render_chat(

@@ -19,7 +19,9 @@ def test_grouped_equals_the_loop_in_output_and_every_gradient(counts):
         out.square().sum().backward()
         results.append({"out": out} | {name: leaf.grad for name, leaf in leaves.items()})
     for name, want in results[1].items():
-        torch.testing.assert_close(results[0][name], want, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            results[0][name], want, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_gate_comes_first_and_the_weight_of_an_expert_serves_its_rows_only():

@@ -19,7 +19,13 @@ def test_dropless_rows_are_the_slots_sorted_by_expert(shape):
     ids, counts = choose(*shape)
     top_k = ids.shape[1]
     plan = plan_dropless(ids, counts)
-    want = [t * top_k + k for e in range(len(counts)) for t, row in enumerate(ids.tolist()) for k, x in enumerate(row) if x == e]
+    want = [
+        t * top_k + k
+        for e in range(len(counts))
+        for t, row in enumerate(ids.tolist())
+        for k, x in enumerate(row)
+        if x == e
+    ]
     assert plan.slot_R.tolist() == want
     assert torch.equal(plan.slot_R[plan.row_TK.flatten()], torch.arange(ids.numel()))
 

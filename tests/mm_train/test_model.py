@@ -22,7 +22,7 @@ def model(small_model):
     model.init_weights(0)
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # large enough that every term shows
+        for parameter in model.parameters():  # large enough that every term shows
             parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 1) + (parameter.ndim == 1))
         for layer in model.moe_layers():
             layer.expert_bias.copy_(torch.randn(shape.num_local_experts) * 0.2)

@@ -32,7 +32,9 @@ def report(small_model, data_set, tmp_path_factory, python) -> dict:
     cfg.parallel = config.Parallel(expert_parallel=2, zero_stage=1)
     cfg.run.dir = str(folder / "run")
     config.save(cfg, folder / "config.yaml")
-    done = torchrun(python, "tests/mm_train/parallel_worker.py", str(folder / "config.yaml"), str(folder / "report.json"))
+    done = torchrun(
+        python, "tests/mm_train/parallel_worker.py", str(folder / "config.yaml"), str(folder / "report.json")
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "report.json").read_text())
 

@@ -57,7 +57,9 @@ def test_groups_run_along_the_axis():
     weight[0, :32] = 100
     assert quantise(weight, -2)[1].shape == (1, 2, 32)
     assert quantise(weight, -1)[1].shape == (1, 64, 1)
-    torch.testing.assert_close(dequantise(*quantise(weight, -2), -2)[0, 32:], torch.full((32, 32), 7 * 2 / 15), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        dequantise(*quantise(weight, -2), -2)[0, 32:], torch.full((32, 32), 7 * 2 / 15), rtol=1e-3, atol=0
+    )
 
 
 def test_nibbles_low_first_twos_complement():

@@ -102,7 +102,10 @@ def _wrong_scale(tensors):
         (_drop, "tensor model.norm.weight is missing"),
         (_add, "unknown tensor model.extra"),
         (_reshape, r"tensor model.norm.weight has shape \(3,\); this model has \(64,\)"),
-        (_wrong_scale, r"tensor model.embed_tokens.weight_scale has shape \(512, 4\); codes \(512, 64\) need \(512, 2\)"),
+        (
+            _wrong_scale,
+            r"tensor model.embed_tokens.weight_scale has shape \(512, 4\); codes \(512, 64\) need \(512, 2\)",
+        ),
     ],
 )
 def test_wrong_tensors_are_refused_by_name(model, tmp_path, change, message):
