@@ -94,7 +94,9 @@ def _refuse_unknown(values: Any, cls: type, prefix: str, origin: str) -> None:
             raise UserError(f"{origin}: unknown key {prefix}{key} ({hint})")
         if dataclasses.is_dataclass(known[key]):
             _refuse_unknown(value, known[key], f"{prefix}{key}.", origin)
-        elif key == "sources" and isinstance(value, dict):
+        elif key == "sources":
+            if not isinstance(value, dict):
+                raise UserError(f"{origin}: sources must be a mapping of names to sources, not {value!r:.80}")
             for name, source in value.items():
                 _refuse_unknown(source, SourceConfig, f"sources.{name}.", origin)
 

@@ -17,7 +17,7 @@ from mm_train.shards import ShardWriter
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_BYTES = 1 << 18  # of spool handed to a process at a time
-AHEAD = 64  # chunks handed out before the first is needed back: keeps processes busy and memory bounded
+AHEAD = 256  # chunks handed out before the first is needed back: keeps processes busy and memory bounded
 PACK_GROUP = 1 << 16  # documents that are packed together: bounds memory, and is far more than good packing needs
 
 

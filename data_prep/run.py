@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -104,14 +105,19 @@ def _work_folder(out: Path) -> Iterator[Path]:
         yield work
 
 
-def _processes(workers: int) -> ProcessPoolExecutor:
+@contextlib.contextmanager
+def _processes(workers: int) -> Iterator[Executor]:
     """Worker processes, spawned: forking is unsafe once the tokenizer has threads."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what is queued is not worth waiting for
 
 
 def _start_worker() -> None:
-    """Ctrl-C is the parent's business; and when the parent is gone, even by kill -9, so is the worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker ends at once and silently on Ctrl-C, and when its parent is gone, even by kill -9."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
     parent = parent_process()
     assert parent is not None
 
@@ -266,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a value of the config")
     parser.add_argument("--out", help="folder of the data set (default: `out` of the config)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # options and key=value in any order
     overrides = [*arguments.overrides, *([f"out={arguments.out}"] if arguments.out else [])]
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; it must be at least 1")
@@ -278,6 +284,11 @@ def main(argv: list[str] | None = None) -> int:
         summary = prepare(config, arguments.workers)
     except OSError as error:
         raise UserError(f"cannot prepare {config.out}: {error.filename or ''}: {error.strerror or error}") from None
+    except BrokenProcessPool:
+        raise UserError(
+            f"a worker process was killed, perhaps for want of memory: try fewer than --workers {arguments.workers}; "
+            "the same command continues"
+        ) from None
     print(describe(summary))
     print(f"\n{config.out}: vocabulary {summary['vocab_size']:,}, {time.monotonic() - start:.1f} s")
     return 0

@@ -37,7 +37,6 @@ FORMAT = "mobilemoe-shards-1"
 BLOCK = 1 << 20  # bytes under one crc32
 TAR_BLOCK = 512  # tar aligns members to this, so uint64 views of a mapped shard are aligned
 MAX_OPEN_SHARDS = 64  # a mapped file holds a file descriptor
-LAYOUTS = ("stream", "packed")
 DTYPES = {"tokens": "<u4", "offsets": "<u8", "mask": "u1"}
 
 
@@ -105,10 +104,9 @@ class ShardWriter:
         row_length: int | None = None,
         has_mask: bool = False,
         shard_tokens: int = 1 << 25,
-        extra: dict[str, Any] | None = None,
     ):
         """Start FOLDER/SOURCE/SPLIT. A shard is closed once it holds `shard_tokens`. Raises OSError if not writable."""
-        if layout not in LAYOUTS or (layout == "packed") != (row_length is not None) or (row_length and not has_mask):
+        if layout != ("packed" if row_length else "stream") or (row_length and not has_mask):
             raise ValueError(f"layout {layout!r} with row_length {row_length} and has_mask {has_mask}")
         self.folder = folder / source / split
         self._facts = {
@@ -122,7 +120,6 @@ class ShardWriter:
             "vocab_size": vocab_size,
             "tokenizer_sha256": tokenizer_sha256,
         }
-        self._extra = extra or {}
         self._row_length, self._has_mask, self._vocab_size = row_length, has_mask, vocab_size
         self._shard_tokens = shard_tokens
         self._shards: list[Shard] = []
@@ -147,8 +144,8 @@ class ShardWriter:
         self._append(ids, mask)
         self._num_documents += 1
         self._num_bytes += num_bytes
-        if self._row_length is None:
-            self._close_full_shard()
+        if self._row_length is None and self._filled >= self._shard_tokens:
+            self._write_shard()
 
     def end_row(self, pad_id: int) -> None:
         """Fill the rest of the current row (packed layout) with padding, mask 0."""
@@ -157,10 +154,11 @@ class ShardWriter:
         if free:
             self._append(np.full(free, pad_id, dtype="<u4"), np.zeros(free, dtype="u1"))
             self._num_padding += free
-        self._close_full_shard()
+        if self._filled >= self._shard_tokens:
+            self._write_shard()
 
     def close(self, extra: dict[str, Any] | None = None) -> Manifest:
-        """Write what is left, then the manifest: the shards can be read from here on. `extra` is added to the facts."""
+        """Write what is left, then the manifest with `extra`; from here on the shards can be read."""
         if self._filled:
             self._write_shard()
         facts = {
@@ -169,7 +167,7 @@ class ShardWriter:
             "num_padding": self._num_padding,
             "num_documents": self._num_documents,
             "num_bytes": self._num_bytes,
-            "extra": {**self._extra, **(extra or {})},
+            "extra": extra or {},
             "shards": [dataclasses.asdict(shard) for shard in self._shards],
         }
         content = {"format": FORMAT, "checksum": _checksum(facts), **facts}
@@ -179,17 +177,13 @@ class ShardWriter:
     def _start_shard(self) -> None:
         self._tokens: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
-        self._filled = 0
+        self._filled = 0  # tokens
 
     def _append(self, ids: np.ndarray, mask: Sequence[bool] | np.ndarray | None) -> None:
         self._tokens.append(ids)
         if mask is not None:
             self._masks.append(np.asarray(mask, dtype="u1"))
         self._filled += len(ids)
-
-    def _close_full_shard(self) -> None:
-        if self._filled >= self._shard_tokens:
-            self._write_shard()
 
     def _write_shard(self) -> None:
         index = len(self._shards)
@@ -212,7 +206,8 @@ class ShardWriter:
                 offset = _write_member(hashed, f"{key}.{name}", data)
                 members[name] = Member(offset, len(data), _block_crcs(data))
             _write_member(hashed, f"{key}.json", memoryview(json.dumps(facts, sort_keys=True).encode()))
-            hashed.write(bytes(-hashed.position % tarfile.RECORDSIZE or tarfile.RECORDSIZE))  # the end mark of a tar
+            end_mark = 2 * TAR_BLOCK
+            hashed.write(bytes(end_mark + -(hashed.position + end_mark) % tarfile.RECORDSIZE))
             out.flush()
             os.fsync(out.fileno())
         publish(temporary, file)
@@ -245,11 +240,8 @@ class ShardReader:
             except FileNotFoundError:
                 raise UserError(f"missing shard {file}: {shard.size} bytes expected; prepare the data again") from None
             if size != shard.size:
-                raise UserError(
-                    f"truncated shard {file}: {size} bytes found, {shard.size} expected; prepare the data again"
-                    if size < shard.size
-                    else f"shard {file} has changed: {size} bytes found, {shard.size} expected"
-                )
+                fault = f"{'truncated' if size < shard.size else 'overlong'} shard {file}"
+                raise UserError(f"{fault}: {size} bytes found, {shard.size} expected; prepare the data again")
 
     def num_windows(self, seq_len: int) -> int:
         """How many windows of `seq_len` inputs there are (each holds one token more, for the labels)."""

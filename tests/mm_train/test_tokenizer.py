@@ -100,6 +100,18 @@ def test_chat_template_gives_the_same_text(small):
         assert small.decode(ids, skip_special=False) == text
 
 
+def test_transformers_reads_it(small, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the eval extra is not installed")
+    small.save(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "the 's thin , <b>"
+    assert loaded(text)["input_ids"] == [small.bos_id, *small.encode(text)]
+    assert loaded.decode(small.encode(text)) == text
+    chat = [{**message, "content": message["content"].replace("<|eot|>", "it")} for message in CHAT]
+    assert loaded.apply_chat_template(chat, return_dict=False) == small.render_chat(chat)[0]
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (small.bos_id, small.eos_id, small.pad_id)
+
+
 @pytest.mark.parametrize(
     "message", [{"role": "human", "content": "x"}, {"role": "user"}, {"content": "x"}, {"role": "user", "content": 3}]
 )
@@ -169,7 +181,7 @@ def test_llama3_equals_tiktoken_on_real_text(llama3, oracle):
 
 
 def test_llama3_equals_tiktoken_on_every_unicode_block_and_awkward_runs(llama3, oracle):
-    letters = [chr(code) for code in range(0, 0x110000, 7) if not 0xD800 <= code < 0xE000]
+    letters = [chr(code) for code in range(0, 0x110000, 13) if not 0xD800 <= code < 0xE000]
     lines = [f"a{letter}b {letter}{letter}1\n{letter}'" for letter in letters]
     runs = [unit * 3001 for unit in ("x", " ", "\n", "aa a", "0", "\r\n \t", "=", "é", "'ll")]
     for text in [*lines, *runs, *CONTROL_TOKENS, "'ſ 'LL it'S", "\x1c\x85\u2028 \u3000x"]:

@@ -1,0 +1,224 @@
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep import run
+from data_prep.sources import LIBRARY
+from mm_train.shards import ShardReader, check_one_tokenizer
+from mm_train.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """A small data set: some library modules as text files, and conversations."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("bisect", "heapq", "textwrap", "shlex", "queue", "copy", "cmd", "csv", "fractions", "glob"):
+        (texts / f"{name}.py").write_bytes((LIBRARY / f"{name}.py").read_bytes())
+    (texts / "twice.py").write_bytes((LIBRARY / "glob.py").read_bytes())
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 1)}]}
+        for i in range(200)
+    ]
+    rows.append({"messages": [{"role": "user", "content": "long?"}, {"role": "assistant", "content": "so " * 200}]})
+    (texts / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"kind": "text_files", "licence": "PSF-2.0"}
+    content = {
+        "out": str(tmp_path / "out"),
+        "validation_fraction": 0.2,
+        "shard_tokens": 5_000,
+        "tokenizer": {"kind": "train_bpe", "vocab_size": 600},
+        "sources": {
+            "code": {**common, "domain": "code", "paths": [f"{texts}/*.py"]},
+            "chat": {
+                **common,
+                "domain": "chat",
+                "paths": [f"{texts}/chat.jsonl"],
+                "layout": "packed",
+                "row_length": 65,
+            },
+        },
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def prepare(config: Path, *arguments: str) -> int:
+    return run.main([str(config), "--workers", "1", *arguments])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_a_data_set_from_end_to_end(config, tmp_path, capsys):
+    assert prepare(config) == 0
+    out = tmp_path / "out"
+    summary = json.loads((out / "dataset.json").read_text())
+    readers = {
+        (name, split): ShardReader(out / name / split) for name in ("code", "chat") for split in ("train", "val")
+    }
+    tokenizer = load_tokenizer(out)
+    check_one_tokenizer([reader.manifest for reader in readers.values()], tokenizer.sha256)
+    assert tokenizer.vocab_size == summary["vocab_size"] == 600
+
+    originals = {file.read_text() for file in (tmp_path / "texts").glob("*.py")}
+    found = [tokenizer.decode(tokens) for split in ("train", "val") for tokens, _ in readers["code", split].documents()]
+    assert len(found) == len(originals) == 10
+    assert set(found) == originals
+    assert readers["code", "val"].manifest.num_documents > 0
+    assert len(readers["code", "train"].manifest.shards) > 1
+    for (name, split), reader in readers.items():
+        facts = summary["sources"][name][split]
+        assert (facts["tokens"], facts["documents"]) == (reader.num_tokens, reader.manifest.num_documents)
+        assert facts["manifest_sha256"] == reader.manifest.sha256
+        assert (reader.manifest.licence, reader.manifest.domain) == ("PSF-2.0", name)
+    assert summary["sources"]["code"]["dropped"] == {
+        "duplicate": {"documents": 1, "bytes": len((LIBRARY / "glob.py").read_bytes())}
+    }
+    assert summary["sources"]["chat"]["dropped"] == {"longer than a row": {"documents": 1, "bytes": 605}}
+    tokens, mask, _ = readers["chat", "train"].window(0, 64)
+    assert tokenizer.decode(tokens[mask], skip_special=False).replace("<|eot|>", "").isdigit()
+
+    scores = json.loads((out / "baselines.json").read_text())
+    assert set(scores) == {"code", "chat"}
+    assert 0 < scores["code"]["unigram_bits_per_byte"] < 8
+    assert sorted(os.listdir(out)) == sorted(
+        ["baselines.json", "chat", "code", "dataset.json", "tokenizer.json", "tokenizer_config.json"]
+    )
+    printed = capsys.readouterr().out
+    assert "left out of code: 1 duplicate" in printed
+    assert "left out of chat: 1 longer than a row" in printed
+
+
+def test_two_runs_are_byte_identical_whatever_the_workers(config, tmp_path):
+    assert prepare(config) == 0
+    assert run.main([str(config), "--workers", "3", "--out", str(tmp_path / "again")]) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+
+
+def test_a_second_run_does_only_what_has_changed(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    overrides = ["tokenizer.kind=folder", f"tokenizer.path={tmp_path / 'fixed'}"]
+    assert prepare(config) == 0
+    load_tokenizer(out).save(tmp_path / "fixed")
+    assert prepare(config, *overrides) == 0  # the same tokenizer, so the same shards
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.tar")}
+
+    capsys.readouterr()
+    assert prepare(config, *overrides) == 0
+    assert "up to date" in capsys.readouterr().out
+    (tmp_path / "texts" / "chat.jsonl").write_text((tmp_path / "texts" / "chat.jsonl").read_text() + "\n")
+    assert prepare(config, *overrides) == 0
+    after = {file: file.stat().st_mtime_ns for file in out.rglob("*.tar")}
+    changed = {file.relative_to(out).parts[0] for file in before if before[file] != after[file]}
+    assert changed == {"chat"}
+
+    (out / "code" / "val" / "00000.tar").unlink()
+    assert prepare(config, *overrides) == 0
+    ShardReader(out / "code" / "val").verify()
+
+
+def test_killed_at_any_moment_it_continues_and_leaves_no_half_file(config, tmp_path):
+    assert prepare(config, "--out", str(tmp_path / "whole")) == 0
+    command = [sys.executable, "-m", "data_prep.run", str(config), "--workers", "2"]
+    out = tmp_path / "out"
+    for delay in (1.0, 1.8, 2.6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for manifest in out.rglob("manifest.json"):
+            ShardReader(manifest.parent).verify()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_workers_die_with_a_killed_parent(tmp_path):
+    script = (
+        "import time\n"
+        "from data_prep.run import _processes\n"
+        "if __name__ == '__main__':\n"
+        "    import os\n"
+        "    with _processes(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    file = tmp_path / "parent.py"
+    file.write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parent.parent)}
+    parent = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, env=environment, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_llama3_tokenizer(config, tmp_path):
+    pytest.importorskip("llama_models", reason="the llama3 extra is not installed")
+    assert prepare(config, "tokenizer.kind=llama3") == 0
+    reader = ShardReader(tmp_path / "out" / "code" / "train")
+    assert reader.manifest.vocab_size == 128256
+    tokens, _ = next(iter(reader.documents()))
+    assert (tokens[0], tokens[-1]) == (128000, 128001)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_nothing_held_out_is_said(config, capsys):
+    assert prepare(config, "validation_fraction=0") == 0
+    assert "warning: nothing is held out of code" in capsys.readouterr().out
+
+
+BAD = {
+    "config file not found: ": ["nowhere.yaml"],
+    "unknown key shard_token (did you mean shard_tokens?)": ["CONFIG", "shard_token=3"],
+    "no document source at /nowhere/*.txt": ["CONFIG", "sources.code.paths=[/nowhere/*.txt]"],
+    "source code is empty: no document is left to train on (dropped shorter than min_bytes: 11;": [
+        "CONFIG",
+        "sources.code.min_bytes=1000000",
+    ],
+    "no tokenizer at /nowhere": ["CONFIG", "tokenizer.kind=folder", "tokenizer.path=/nowhere"],
+    "too little to learn 60000 tokens": ["CONFIG", "tokenizer.vocab_size=60000"],
+    "cannot prepare CONFIG/out": ["CONFIG", "--out", "CONFIG/out"],
+    "--workers is 0; it must be at least 1": ["CONFIG", "--workers", "0"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_gives_one_clear_line(config, capsys, message):
+    arguments = [argument.replace("CONFIG", str(config)) for argument in BAD[message]]
+    workers = [] if "--workers" in arguments else ["--workers", "1"]
+    assert run.main([*arguments, *workers]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message.replace("CONFIG", str(config)) in line
+
+
+def test_a_failed_run_leaves_the_finished_data_set_alone(config, tmp_path, capsys):
+    assert prepare(config) == 0
+    before = files(tmp_path / "out")
+    assert prepare(config, "sources.code.min_bytes=1000000") == 2
+    assert {name: data for name, data in files(tmp_path / "out").items() if not name.startswith(".work")} == before
+
+
+def test_two_preparations_of_one_folder(config, tmp_path, capsys):
+    work = tmp_path / "out" / ".work"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert prepare(config) == 2
+    assert "another preparation is writing to" in capsys.readouterr().err
