@@ -18,7 +18,7 @@ from data_prep.sources import KINDS, Document, Unusable
 from mm_train.cli import UserError
 from mm_train.files import publish, write_atomic
 
-VERSION = 1  # raise it when the same input comes out as other documents
+VERSION = 2  # raise it when the same input comes out as other documents
 SPLITS = ("train", "val")
 
 
@@ -66,8 +66,8 @@ def collect(name: str, source: SourceConfig, validation_fraction: float, spool: 
         for document, digest in _usable(source, report):
             held_out = _fraction("split", document.key.encode() or digest) < validation_fraction
             spools["val" if held_out else "train"].offer(document, digest)
-        for spooled in spools.values():
-            spooled.close()
+        for split in SPLITS:
+            spools[split].close()
     if not report.kept["train"][0]:
         reasons = ", ".join(f"{reason}: {count[0]}" for reason, count in sorted(report.dropped.items())) or "none found"
         raise UserError(
@@ -125,36 +125,43 @@ def _fraction(purpose: str, data: bytes) -> float:
 
 
 class _Spool:
-    """Writes documents of one split; with a limit, those with the lowest hashes that fit into it, in hash order.
+    """Writes documents of one split; with a limit, in hash order, passing over those that no longer fit into it.
 
-    With a limit memory is bounded by it; without one documents pass through in reading order.
+    Without a limit documents pass through in reading order. With one, candidates are the documents with the lowest
+    hashes that together are no more than twice the limit: this bounds memory, and what is written depends neither on
+    the order of reading nor on one large document that happens to come first.
     """
 
     def __init__(self, file: IO[str], max_bytes: int | None, split: str, report: Report):
         self._file, self._max_bytes, self._split, self._report = file, max_bytes, split, report
-        self._heap: list[tuple[float, bytes, Document]] = []  # highest hash first
-        self._held = 0
-        self._bound = 1.0  # documents from here on have been refused: what is kept is a prefix of the hash order
+        self._candidates: list[tuple[float, bytes, Document]] = []  # a heap, highest hash first
+        self._held = 0  # bytes of candidates
+        self._bound = 1.0  # documents from this hash on have been refused
 
     def offer(self, document: Document, digest: bytes) -> None:
         if self._max_bytes is None:
             self._write(document)
             return
         rank = _fraction("sample", digest)
-        if rank >= self._bound:
+        if rank >= self._bound or document.num_bytes > self._max_bytes:
             self._refuse(document)
             return
-        heapq.heappush(self._heap, (-rank, digest, document))
+        heapq.heappush(self._candidates, (-rank, digest, document))  # digests differ: documents are never compared
         self._held += document.num_bytes
-        while self._held > self._max_bytes:
-            highest, _, refused = heapq.heappop(self._heap)
+        while self._held > 2 * self._max_bytes:
+            highest, _, refused = heapq.heappop(self._candidates)
             self._held -= refused.num_bytes
             self._bound = -highest
             self._refuse(refused)
 
     def close(self) -> None:
-        for _, _, document in sorted(self._heap, reverse=True):
-            self._write(document)
+        for _, _, document in sorted(self._candidates, reverse=True):
+            if self._report.kept[self._split][1] + document.num_bytes <= (self._max_bytes or 0):
+                self._write(document)
+            else:
+                self._refuse(document)
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def _refuse(self, document: Document) -> None:
         self._report.drop(f"over the {self._split} limit", document.num_bytes)

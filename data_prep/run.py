@@ -6,7 +6,6 @@ nothing. The same input gives the same bytes.
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -132,8 +131,8 @@ def _collect_all(config: DataConfig, spools: dict[str, Path], pool: Executor) ->
     """Collect the sources side by side."""
     fraction = config.validation_fraction
     futures = [pool.submit(collect, name, source, fraction, spools[name]) for name, source in config.sources.items()]
-    bar = tqdm(as_completed(futures), desc="collect", total=len(futures), unit="source", disable=None)
-    collections.deque(bar, maxlen=0)
+    for future in tqdm(as_completed(futures), desc="collect", total=len(futures), unit="source", disable=None):
+        future.result()  # the first error ends the wait
     return dict(zip(config.sources, (future.result() for future in futures), strict=True))
 
 
@@ -215,10 +214,11 @@ def _summarise(source: SourceConfig, manifests: dict[str, Manifest], report: Rep
 
 
 def _read_finished(out: Path, key: str) -> dict[str, Any] | None:
-    """dataset.json when it belongs to `key` and all its shards are there, else None."""
+    """dataset.json when it belongs to `key` and all that it stands for is there, else None."""
     try:
         summary = json.loads((out / "dataset.json").read_bytes())
-        if summary["key"] != key:
+        others = ("baselines.json", "tokenizer.json", "tokenizer_config.json")
+        if summary["key"] != key or not all((out / name).is_file() for name in others):
             return None
         for name in summary["sources"]:
             for split in SPLITS:

@@ -80,14 +80,14 @@ def test_a_limit_keeps_the_same_documents_whatever_the_order(tmp_path):
     assert kept[0] == kept[1] == kept[2]
 
 
-def test_a_smaller_limit_keeps_a_part_of_what_a_larger_one_keeps(tmp_path):
-    file = lines(tmp_path / "a.jsonl", [f"document {i}" for i in range(300)])
-    kept = []
-    for limit in (200, 2000):
-        collect("a", make([file], max_bytes=limit), 0.0, tmp_path / str(limit))
-        kept.append((tmp_path / str(limit) / "train.jsonl").read_text())
-    assert kept[0]
-    assert kept[1].startswith(kept[0])
+def test_a_large_document_does_not_keep_the_others_out(tmp_path):
+    small = [f"document {i}" for i in range(50)]
+    for i in range(8):  # wherever the large one comes in the order of hashes
+        large = [f"{i}" * 95, f"{i}" * 200]
+        spool = tmp_path / str(i)
+        report = collect("a", make([lines(tmp_path / "a.jsonl", large + small)], max_bytes=100), 0.0, spool)
+        assert report.kept["train"][1] > 85
+        assert large[1] not in {item.text for item in read_spool(spool / "train.jsonl")}
 
 
 def test_nothing_left_to_train_on(tmp_path):
