@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 RUN=${QUICKSTART_DIR:-runs/quickstart}
 NPROC=${NPROC:-2}
 DATA=data/quickstart
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # this model is too small for more: threads would wait for each other
 BENCHMARKS=data/eval
 
 headline() {
@@ -43,9 +44,7 @@ for stage in pretrain midtrain sft qat; do
   if [[ -e $RUN/$stage/DONE ]]; then
     echo "already finished"
   else
-    # one thread a rank: on a small machine more would only get in each other's way
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$NPROC" -m mm_train.train \
-      configs/model/tiny.yaml "configs/stage/tiny/$stage.yaml" \
+    launch/local.sh "$NPROC" configs/model/tiny.yaml "configs/stage/tiny/$stage.yaml" \
       run.dir="$RUN/$stage" parallel.expert_parallel="$NPROC" ${before:+init_from="$RUN/$before"}
   fi
   before=$stage
