@@ -126,7 +126,6 @@ def read_docs(source: SourceConfig, files: Sequence[Path]) -> Iterator[Document 
 def read_docstring_chat(source: SourceConfig, files: Sequence[Path]) -> Iterator[Document | Unusable]:
     """Question and answer pairs about the standard library."""
     library: list[ApiObject] = []
-    keys: dict[str, str] = {}
     for file in files:
         text = _decode(file.read_bytes())
         objects = _objects(text, file) if isinstance(text, str) else text
@@ -134,10 +133,9 @@ def read_docstring_chat(source: SourceConfig, files: Sequence[Path]) -> Iterator
             yield objects
         else:
             library += objects
-            keys[objects[0].name] = _module(file)
     for item, question, answer in ask(library):
         messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        yield Document(messages=messages, key=keys[item.module])
+        yield Document(messages=messages, key=item.module)
 
 
 def text_files(source: SourceConfig) -> list[Path]:

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def test_machine_docs_of_packages():
     source = make("machine_docs", parts=["packages"])
     assert any("numpy" in file.parent.name for file in KINDS["machine_docs"].files(source))
     assert any("NumPy is the fundamental package" in item.text for item in read(source))
+
+
+def test_machine_docs_of_the_system(tmp_path, monkeypatch):
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / "README.gz").write_bytes(gzip.compress(b"How to use the tool."))
+    (tmp_path / "tool" / "broken.txt.gz").write_bytes(b"not gzip")
+    (tmp_path / "tool" / "guide.txt").write_text("A guide.")
+    (tmp_path / "tool" / "link.txt").symlink_to("guide.txt")
+    (tmp_path / "tool" / "copyright").write_text("ignored")
+    monkeypatch.setattr("data_prep.sources.SYSTEM_DOCS", tmp_path)
+    found = read(make("machine_docs", parts=["system"]))
+    assert found == [Document("How to use the tool."), Unusable("undecodable", 8), Document("A guide.")]
 
 
 def test_chat_shares_its_key_with_the_module_it_is_about():
