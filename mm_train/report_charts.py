@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter, PercentFormatter
 
 from mm_train.log_lines import load_factors, short
-from mm_train.run_folder import Stage
+from mm_train.run_folder import Series, Stage
 
 # Placeholder -> CSS variable of the page.
 INK, SOFT, RULE = "#0a0b01", "#0a0b02", "#0a0b03"
@@ -66,8 +66,14 @@ def loss_chart(stages: list[Stage], sources: list[str]) -> str:
         for stage, axis in zip(stages, axes, strict=True):
             axis.plot(*stage.series("loss"), color=SOFT, linewidth=1.1)
             for index, source in enumerate(sources):
-                axis.plot(*stage.held_out(source, "loss"), color=SERIES[index % len(SERIES)], marker="o")
+                plot_held_out(axis, stage.held_out(source, "loss"), SERIES[index % len(SERIES)])
         return as_svg(figure, "Training and held-out loss of each stage, in nats per token")
+
+
+def plot_held_out(axis: Axes, series: Series, colour: str) -> None:
+    """Few points, the last of them on the border of the panel, and all to be seen whole."""
+    if series[0]:
+        axis.plot(*series, color=colour, marker="o", clip_on=False)
 
 
 def bits_chart(stages: list[Stage], sources: list[str], source: str, baselines: dict[str, float]) -> str:
@@ -75,14 +81,12 @@ def bits_chart(stages: list[Stage], sources: list[str], source: str, baselines: 
     colour = SERIES[sources.index(source) % len(SERIES)]
     with panels(stages, NARROW) as (figure, axes):
         for stage, axis in zip(stages, axes, strict=True):
-            axis.plot(*stage.held_out(source, "bits_per_byte"), color=colour, marker="o")
+            plot_held_out(axis, stage.held_out(source, "bits_per_byte"), colour)
             for bits in baselines.values():
                 axis.axhline(bits, color=SOFT, linewidth=1.1, dashes=(4, 3))
-        for label, bits in baselines.items():  # named at the right, where the curves have left room
-            place = axes[-1].get_yaxis_transform()
-            note = f"{label} {bits:.2f}"
-            text = axes[-1].annotate(note, (1, bits), (0, 4), place, "offset points", color=SOFT, ha="right")
-            text.set_in_layout(False)  # or its panel would be pushed away from the others
+        for label, bits in baselines.items():
+            place, note = axes[-1].get_yaxis_transform(), f"{label.split()[0]} {bits:.2f}"
+            axes[-1].annotate(note, (1, bits), (6, 0), place, "offset points", color=SOFT, va="center")
         values = [bits for stage in stages for bits in stage.held_out(source, "bits_per_byte")[1]]
         axes[0].set_ylim(0, 1.12 * max([*values, *baselines.values()]))
         return as_svg(figure, f"Held-out bits per byte of {source} in each stage")
