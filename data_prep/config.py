@@ -1,17 +1,16 @@
 """The schema of a data configuration: typed dataclasses and `load(file, overrides)`. Torch-free."""
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mm_train.cli import UserError
+from mm_train.config import refuse_unknown
 
 KINDS = ("stdlib_code", "machine_docs", "docstring_chat", "text_files")
 TOKENIZER_KINDS = ("train_bpe", "llama3", "folder")
@@ -71,7 +70,7 @@ def load(file: Path, overrides: Iterable[str] = ()) -> DataConfig:
         raise UserError(f"{file} is not readable YAML: {error}") from None
     try:
         for origin, layer in layers.items():
-            _refuse_unknown(OmegaConf.to_container(layer), DataConfig, "", origin)
+            refuse_unknown(OmegaConf.to_container(layer), DataConfig, "", origin)
             config = OmegaConf.merge(config, layer)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -81,24 +80,6 @@ def load(file: Path, overrides: Iterable[str] = ()) -> DataConfig:
         raise UserError(f"{file}: {error.full_key or ''}: {str(error.msg or error).splitlines()[0]}") from None
     _validate(result, file)
     return result
-
-
-def _refuse_unknown(values: Any, cls: type, prefix: str, origin: str) -> None:
-    if not isinstance(values, dict):
-        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, not {values!r:.80}")
-    known = typing.get_type_hints(cls)
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"{origin}: unknown key {prefix}{key} ({hint})")
-        if dataclasses.is_dataclass(known[key]):
-            _refuse_unknown(value, known[key], f"{prefix}{key}.", origin)
-        elif key == "sources":
-            if not isinstance(value, dict):
-                raise UserError(f"{origin}: sources must be a mapping of names to sources, not {value!r:.80}")
-            for name, source in value.items():
-                _refuse_unknown(source, SourceConfig, f"sources.{name}.", origin)
 
 
 def _validate(config: DataConfig, file: Path) -> None:

@@ -228,10 +228,8 @@ def model_difference(here: Model, there: Model) -> str | None:
 
 
 def _merge(base, layer, origin: str):
-    plain = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
-    if not isinstance(plain, dict):
-        raise UserError(f"{origin}: expected a mapping of keys, found {type(plain).__name__}")
-    _refuse_unknown(plain, Config, "", origin)
+    plain: Any = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
+    refuse_unknown(plain, Config, "", origin)
     try:
         # A mixture is replaced as a whole: a stage's sources must not leak into the next file's.
         if "mixture" in (plain.get("data") or {}):
@@ -242,17 +240,29 @@ def _merge(base, layer, origin: str):
         raise UserError(f"{origin}:{key} {str(error.msg or error).splitlines()[0]}") from None
 
 
-def _refuse_unknown(values: Mapping, cls: type, prefix: str, origin: str) -> None:
-    hints = typing.get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in fields(cls)}
+def refuse_unknown(values: Any, cls: type, prefix: str, origin: str) -> None:
+    """Raise UserError for the first key of `values` that dataclass `cls` (or one inside it) does not have.
+
+    `prefix` is the dotted path down to `values` ("" at the top), `origin` the file or override they come from.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, not {values!r:.80}")
+    known = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"{origin}: unknown key {prefix}{key} ({hint})")
         inner = next((t for t in (known[key], *typing.get_args(known[key])) if is_dataclass(t)), None)
-        if inner and isinstance(value, Mapping):
-            _refuse_unknown(value, typing.cast(type, inner), f"{prefix}{key}.", origin)
+        if inner is None or value is None:
+            continue
+        if typing.get_origin(known[key]) is dict:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{origin}: {prefix}{key} must be a mapping of names, not {value!r:.80}")
+            for name, item in value.items():
+                refuse_unknown(item, typing.cast(type, inner), f"{prefix}{key}.{name}.", origin)
+        else:
+            refuse_unknown(value, typing.cast(type, inner), f"{prefix}{key}.", origin)
 
 
 def validate(config: Config) -> None:

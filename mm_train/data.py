@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.cross_entropy import IGNORE
 from mm_train.cli import UserError
 from mm_train.shards import ShardReader, check_one_tokenizer
+from mm_train.tokenizer import load_tokenizer
 
 BLOCK = 1000  # samples in which every source has its exact share
 
@@ -152,7 +153,7 @@ def open_sources(path: str | Path, names: Iterable[str], split: str, seq_len: in
             found = sorted(p.parent.name for p in path.glob(f"*/{split}"))
             raise UserError(f"data set {path} has no {split} split of source {name!r}; it has: {', '.join(found)}")
     readers = {name: ShardReader(path / name / split) for name in names}
-    check_one_tokenizer(reader.manifest for reader in readers.values())
+    check_one_tokenizer((reader.manifest for reader in readers.values()), load_tokenizer(path).sha256)
     for name, reader in readers.items():
         if reader.num_windows(seq_len) == 0:
             raise UserError(

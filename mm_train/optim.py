@@ -21,7 +21,7 @@ def parameter_groups(model: nn.Module, optim: config.Optim) -> list[dict]:
 
 def adamw(groups: list[dict], optim: config.Optim) -> torch.optim.AdamW:
     """The same optimizer whether DeepSpeed shards it or not."""
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def learning_rate(step: int, total_steps: int, optim: config.Optim) -> float:

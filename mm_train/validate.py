@@ -49,16 +49,16 @@ def validate(
     Args:
         rows: rows a rank scores at once.
         token_bytes_V: UTF-8 bytes of each token id (Tokenizer.token_bytes).
-        max_tokens: stop after so many tokens of a source; 0: all its full rows.
+        max_tokens: of each source, in rows spread evenly over it; 0: all its full rows.
     """
     training = model.training
     model.eval()
     bytes_V = torch.from_numpy(token_bytes_V.astype(np.int64)).to(groups.device)
     scores = {}
     for name, reader in readers.items():
-        windows = reader.num_windows(seq_len)
-        if max_tokens:
-            windows = min(windows, max(1, max_tokens // seq_len))
+        total = reader.num_windows(seq_len)
+        count = min(total, max(1, max_tokens // seq_len)) if max_tokens else total
+        windows = [i * total // count for i in range(count)]
         sums = _sum_rows(model, reader, windows, seq_len, rows, bytes_V, groups)
         nats, tokens, num_bytes = groups.sum(sums).tolist()
         scores[name] = Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1), int(tokens), int(num_bytes))
@@ -69,7 +69,7 @@ def validate(
 def _sum_rows(
     model: MobileMoE,
     reader: ShardReader,
-    windows: int,
+    windows: Sequence[int],
     seq_len: int,
     rows: int,
     bytes_V: Tensor,
@@ -77,11 +77,12 @@ def _sum_rows(
 ) -> Tensor:
     """Nats, scored tokens and their bytes over this rank's share of the rows, float64."""
     sums = torch.zeros(3, dtype=torch.float64, device=groups.device)
-    for start in range(0, windows, rows * groups.world):
+    for start in range(0, len(windows), rows * groups.world):
         # All ranks make equally many forward passes, as all-to-all needs; rows beyond the end score nothing.
         first = start + groups.rank * rows
-        batch = collate([reader.window(i % windows, seq_len) for i in range(first, first + rows)]).to(groups.device)
-        batch.labels_BT[max(0, windows - first) :] = IGNORE
+        mine = [windows[i % len(windows)] for i in range(first, first + rows)]
+        batch = collate([reader.window(window, seq_len) for window in mine]).to(groups.device)
+        batch.labels_BT[max(0, len(windows) - first) :] = IGNORE
         losses = model.losses(batch.tokens_BT, batch.labels_BT, batch.document_BT)
         scored = batch.labels_BT[batch.labels_BT != IGNORE]
         sums += torch.stack([losses.cross_entropy_sum.double(), _count(scored), bytes_V[scored].sum().double()])
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sources", required=True, help="comma-separated source names")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a row (default %(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="rows at once (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=0, help="of each source (default: all that is held out)")
     parser.add_argument("--out", type=Path, help="also write the scores to this JSON file")
     args = parser.parse_args(argv)
     from mm_train.release import load_model
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args.model)
     tokenizer = load_tokenizer(args.data)
     readers = open_sources(args.data, args.sources.split(","), "val", args.seq_len)
-    scores = validate(model, readers, tokenizer.token_bytes(), args.seq_len, args.rows, Groups())
+    scores = validate(model, readers, tokenizer.token_bytes(), args.seq_len, args.rows, Groups(), args.max_tokens)
     for name, score in scores.items():
         print(f"{name:12s} loss {score.loss:.4f}  {score.bits_per_byte:.4f} bits per byte  {score.tokens} tokens")
     if args.out:
