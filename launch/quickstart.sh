@@ -28,7 +28,7 @@ release() {
   newer "$2/model.safetensors" "$RUN/qat/DONE" ||
     python -m mm_train.export --checkpoint "$RUN/qat" --format "$1" --out "$2"
   newer "$RUN/validation-$1.json" "$2/model.safetensors" ||
-    python -m mm_train.validate --model "$2" --data "$DATA" --sources code,docs,chat --out "$RUN/validation-$1.json"
+    python -m mm_train.validate --model "$2" --data "$DATA" --sources code,docs,chat --max-tokens 24576 --out "$RUN/validation-$1.json"
 }
 
 headline "Data: text of this machine -> token shards"

@@ -6,7 +6,9 @@ deepspeed 0.19.8, which is therefore pinned; what it needs of them is noted wher
 """
 
 import datetime
+import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -115,9 +117,9 @@ def _import_deepspeed():
         raise UserError(
             "more than one process needs DeepSpeed, which is not installed: pip install 'mobilemoe-train[distributed]'"
         ) from None
-    import logging
-
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # deepspeed 0.19.8 calls collectives by names that torch 2.13 renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Without this the CPU path compiles a C++ extension at start (minutes, and a compiler).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
