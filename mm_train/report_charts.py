@@ -5,6 +5,7 @@ and the dark page and takes the page's font. Every chart has one panel a stage, 
 stages differ in length by orders of magnitude.
 """
 
+import html
 import io
 import math
 import re
@@ -30,6 +31,7 @@ WIDE, LOW, NARROW = (920, 330), (920, 210), (440, 210)  # CSS pixels
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # the same run gives the same page
+    "text.parse_math": False,
     "font.size": 11,
     "text.color": INK,
     "figure.facecolor": "none",
@@ -130,9 +132,7 @@ def value_chart(stages: list[Stage], name: str, title: str, formatter: Formatter
 
 
 def load_chart(stages: list[Stage]) -> str:
-    """For every layer, how many times the mean its busiest expert gets; "" when it was not recorded."""
-    if not any(stage.expert_load for stage in stages):
-        return ""
+    """For every layer, how many times the mean its busiest expert gets."""
     with panels(stages, LOW) as (figure, axes):
         for stage, axis in zip(stages, axes, strict=True):
             points = [(r["tokens"], load_factors(r["expert_load"])) for r in stage.train if r.get("expert_load")]
@@ -196,4 +196,4 @@ def as_svg(figure: Figure, description: str) -> str:
     svg = re.sub(r"font: (?:[\w ]*?)([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)

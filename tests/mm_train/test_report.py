@@ -133,6 +133,19 @@ def test_every_tag_of_the_page_is_closed_and_every_chart_is_xml(chain, data, cap
         assert "#0a0b" not in chart  # placeholder colours are all replaced
 
 
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    write_stage(tmp_path / "run", 'a"<b>$x_1$', 2.0, 1.0)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"source": "code"', '"source": "<i>\\"$y$"'))
+    assert main([str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<b>$" not in page
+    assert "<i>" not in page.replace("<i style", "")
+    assert page.count("&lt;b&gt;$x_1$") > 5
+    for chart in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ET.fromstring(chart.replace("xlink:href", "href"))
+
+
 def test_the_same_run_gives_the_same_page(chain, tmp_path, capsys):
     for name in ("a.html", "b.html"):
         assert main([str(chain), "--out", str(tmp_path / "new" / name)]) == 0
