@@ -1,8 +1,12 @@
 """A small real data set and small configs that many tests share."""
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
+
+# Before torch loads: sums depend on the number of threads, and some tests compare processes bit for bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
