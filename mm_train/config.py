@@ -299,6 +299,12 @@ def validate(config: Config) -> None:
         (bool(data.mixture), "data.mixture is empty: name at least one source and its weight"),
         (all(w >= 0 for w in data.mixture.values()), f"data.mixture has a negative weight: {data.mixture}"),
         (sum(data.mixture.values()) > 0, f"data.mixture weights sum to 0: {data.mixture}"),
+        (
+            # deepspeed 0.19.8 takes the norm over a rank's own experts only (its issue 8475)
+            config.parallel.zero_stage > 0 or ep == 1 or optim.clip_grad_norm == 0,
+            f"parallel.zero_stage=0 clips wrongly with parallel.expert_parallel ({ep}) > 1: use zero_stage=1, or"
+            " optim.clip_grad_norm=0",
+        ),
         (0 <= optim.min_lr_ratio <= 1, f"optim.min_lr_ratio ({optim.min_lr_ratio}) must lie in 0..1"),
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas} must lie in [0, 1)"),
         (bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"),

@@ -26,7 +26,7 @@ from mm_train.optim import adamw, parameter_groups
 
 @dataclass
 class Groups:
-    """This process's place. `ep` and `expert_dp` are None where they would have one member only."""
+    """This process's place in the world. `ep` is None where every rank holds all experts."""
 
     rank: int = 0
     world: int = 1
@@ -176,7 +176,6 @@ class DeepSpeedEngine:
         micro_steps = cfg.micro_steps(groups.world)
         self.loss_scale = float(groups.world * micro_steps)
         self.model = model
-        self.groups = groups
         param_groups = parameter_groups(model, cfg.optim)
         if groups.ep is not None:
             param_groups = [

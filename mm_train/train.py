@@ -41,6 +41,7 @@ def train(cfg: config.Config) -> None:
 
     from mm_train import checkpoint, optim
     from mm_train.data import Loader, open_sources
+    from mm_train.files import write_atomic
     from mm_train.metrics import Metrics
     from mm_train.model import MobileMoE
     from mm_train.parallel import build_engine, init_groups, shard_experts
@@ -144,8 +145,8 @@ def train(cfg: config.Config) -> None:
     for step in progress(range(first_step, cfg.total_steps), cfg, groups):
         begun = time.perf_counter()
         batches = list(loader.micro_batches(step, global_rows, cfg.train.micro_batch_size, groups.rank, groups.world))
-        scored = groups.sum(torch.tensor(float(sum(b.num_scored for b in batches)), device=groups.device))
         interval.data_seconds += time.perf_counter() - begun
+        scored = groups.sum(torch.tensor(float(sum(b.num_scored for b in batches)), device=groups.device))
         for batch in batches:
             losses = engine.forward(batch.to(groups.device))
             loss = losses.cross_entropy_sum / scored
@@ -173,7 +174,7 @@ def train(cfg: config.Config) -> None:
 
     if groups.is_main:
         summary = {"step": cfg.total_steps, "tokens": cfg.total_steps * cfg.train.global_batch_tokens}
-        (run_dir / "DONE").write_text(json.dumps(summary) + "\n")
+        write_atomic(run_dir / "DONE", (json.dumps(summary) + "\n").encode())
     metrics.done(cfg.total_steps, seconds=time.perf_counter() - started)
     metrics.close()
     groups.close()

@@ -50,6 +50,7 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("model.hidden_size=100", r"model.hidden_size \(100\) must be a multiple of 32"),
         ("model.num_key_value_heads=3", r"num_key_value_heads \(3\) must divide"),
         ("model.num_experts_per_tok=99", r"num_experts_per_tok \(99\) must not exceed"),
+        ("parallel.zero_stage=0 parallel.expert_parallel=2", r"zero_stage=0 clips wrongly with .* \(2\) > 1"),
         ("run.dir=''", r"run.dir is empty"),
         ("data.mixture.code=-1", r"negative weight"),
     ],
