@@ -28,7 +28,8 @@ release() {
   newer "$2/model.safetensors" "$RUN/qat/DONE" ||
     python -m mm_train.export --checkpoint "$RUN/qat" --format "$1" --out "$2"
   newer "$RUN/validation-$1.json" "$2/model.safetensors" ||
-    python -m mm_train.validate --model "$2" --data "$DATA" --sources code,docs,chat --max-tokens 24576 --out "$RUN/validation-$1.json"
+    python -m mm_train.validate --model "$2" --data "$DATA" --sources code,docs,chat --max-tokens 24576 \
+      --out "$RUN/validation-$1.json"
 }
 
 headline "Data: text of this machine -> token shards"
@@ -61,10 +62,9 @@ python -m eval.run --model "$RUN/export" --tasks all --limit 50 --data "$BENCHMA
 headline "Samples"
 if ! newer "$RUN/samples.json" "$RUN/export/model.safetensors"; then
   rm -f "$RUN/samples.new"
-  python -m mm_train.generate --model "$RUN/export" --append-to "$RUN/samples.new" --temperature 0.7 --top-p 0.9 \
-    --prompt "import os" --prompt "def read_lines(path):" --prompt "The module provides"
-  python -m mm_train.generate --model "$RUN/export" --append-to "$RUN/samples.new" --chat \
-    --prompt "What does textwrap.dedent do?"
+  write=(python -m mm_train.generate --model "$RUN/export" --append-to "$RUN/samples.new" --temperature 0.6 --top-p 0.9)
+  "${write[@]}" --prompt $'import os\nimport sys\n\ndef ' --prompt "    def __init__(self, " --prompt "This module provides"
+  "${write[@]}" --chat --prompt "What does textwrap.dedent do?"
   mv "$RUN/samples.new" "$RUN/samples.json"
 fi
 
