@@ -21,12 +21,10 @@ class Plan(NamedTuple):
     full: bool
 
 
-def plan_dropless(ids_TK: Tensor, counts_E: Tensor) -> Plan:
+def plan_dropless(ids_TK: Tensor) -> Plan:
     """Rows sorted by expert, within an expert by slot; every slot has a row (R = T * K)."""
     slot_R = torch.sort(ids_TK.flatten(), stable=True).indices
-    row_S = torch.empty_like(slot_R)
-    row_S[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
-    return Plan(slot_R, row_S.view_as(ids_TK), full=True)
+    return Plan(slot_R, invert(slot_R).view_as(ids_TK), full=True)
 
 
 def plan_capacity(ids_TK: Tensor, counts_E: Tensor, capacity: int) -> Plan:
@@ -55,11 +53,35 @@ def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
     return _Unpermute.apply(y_RD, weights_TK, plan.slot_R, plan.row_TK, plan.full)
 
 
+def reorder(x_RD: Tensor, index_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """x[index] for a permutation and its inverse: the gradient is a gather as well. Differentiable in x."""
+    return _Reorder.apply(x_RD, index_R, inverse_R)
+
+
+def invert(index_R: Tensor) -> Tensor:
+    """Inverse of a permutation of row numbers."""
+    inverse_R = torch.empty_like(index_R)
+    inverse_R[index_R] = torch.arange(index_R.numel(), device=index_R.device)
+    return inverse_R
+
+
 def _rows(x: Tensor, index: Tensor, full: bool) -> Tensor:
     """x[index], where the index one past the end reads zeros."""
     if not full:
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
     return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD, index_R, inverse_R):
+        ctx.save_for_backward(inverse_R)
+        return x_RD.index_select(0, index_R)
+
+    @staticmethod
+    def backward(ctx, dout_RD):
+        (inverse_R,) = ctx.saved_tensors
+        return dout_RD.index_select(0, inverse_R), None, None
 
 
 class _Permute(torch.autograd.Function):

@@ -14,7 +14,7 @@ fi
 num_processes=$1
 shift
 cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
+python=.venv/bin/python
 [ -x "$python" ] || python=python3
 
 export WORLD_SIZE=$num_processes MASTER_ADDR=127.0.0.1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -11,6 +11,8 @@ cd "$(dirname "$0")/.."
 RUN=${QUICKSTART_DIR:-runs/quickstart}
 NPROC=${NPROC:-2}
 DATA=data/quickstart
+# fewer GPUs than processes: everything on the CPU
+(($(nvidia-smi -L 2>/dev/null | grep -c . || true) >= NPROC)) || export CUDA_VISIBLE_DEVICES=
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # this model is too small for more: threads would wait for each other
 BENCHMARKS=data/eval
 

@@ -61,7 +61,7 @@ def save(run_dir: Path, step: int, engine: Engine, groups: Groups, cfg: config.C
         manifest |= {"world": groups.world, "expert_parallel": groups.ep_size, "files": records}
         with _write_errors(partial):
             _publish(root, partial, final, manifest)
-        _prune(root, cfg.checkpoint.keep)
+        _prune(root, final, cfg.checkpoint.keep)
     groups.barrier()
     return final
 
@@ -113,11 +113,13 @@ def _publish(root: Path, partial: Path, final: Path, manifest: dict) -> None:
     _sync(root)
 
 
-def _prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep`, and what interrupted writes left behind."""
-    complete = sorted(p for p in root.glob("step-*") if p.suffix != ".partial")
-    for old in [*complete[:-keep], *root.glob("step-*.partial")]:
-        shutil.rmtree(old, ignore_errors=True)
+def _prune(root: Path, newest: Path, keep: int) -> None:
+    """Keep `newest` and the `keep` - 1 before it. Later steps are of a run that was rolled back: they go too, as does
+    what interrupted writes left behind."""
+    kept = sorted(p for p in root.glob("step-*") if p.suffix != ".partial" and p.name <= newest.name)[-keep:]
+    for folder in root.glob("step-*"):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -156,16 +158,20 @@ class Reader:
         for record in self.manifest["files"]:
             for part in record["parts"]:
                 self.where.setdefault(part["name"], []).append((record["file"], part["experts"]))
-        self.files = {record["file"]: self._open(record) for record in self.manifest["files"]}
+        self._sha256 = {record["file"]: record["sha256"] for record in self.manifest["files"]}
+        self._opened: dict[str, Any] = {}
 
-    def _open(self, record: dict):
-        path = self.folder / Path(record["file"]).name
-        try:
-            if _sha256(path) != record["sha256"]:
-                raise UserError(f"checkpoint file {path} is damaged: its sha256 is not the one in the manifest")
-            return safe_open(path, "pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read checkpoint file {path}: {error}") from None
+    def _file(self, name: str) -> Any:
+        """The open file `name`, verified when it is first needed."""
+        if name not in self._opened:
+            path = self.folder / Path(name).name
+            try:
+                if _sha256(path) != self._sha256[name]:
+                    raise UserError(f"checkpoint file {path} is damaged: its sha256 is not the one in the manifest")
+                self._opened[name] = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot read checkpoint file {path}: {error}") from None
+        return self._opened[name]
 
     @property
     def model_config(self) -> config.Model:
@@ -182,13 +188,13 @@ class Reader:
         if not parts:
             raise UserError(f"checkpoint {self.folder} has no tensor {name}")
         if parts[0][1] is None:
-            return self.files[parts[0][0]].get_tensor(f"{kind}/{name}")
+            return self._file(parts[0][0]).get_tensor(f"{kind}/{name}")
         wanted = range(self.model_config.num_local_experts) if experts is None else experts
         slices = []
         for file, (start, stop) in ((file, span) for file, span in parts if span is not None):
             low, high = max(start, wanted.start), min(stop, wanted.stop)
             if low < high:
-                slices.append(self.files[file].get_slice(f"{kind}/{name}")[low - start : high - start])
+                slices.append(self._file(file).get_slice(f"{kind}/{name}")[low - start : high - start])
         found = torch.cat(slices) if slices else torch.empty(0)
         if found.shape[0] != len(wanted):
             raise UserError(f"checkpoint {self.folder} holds {found.shape[0]} of the {len(wanted)} experts of {name}")
@@ -197,6 +203,10 @@ class Reader:
     def weights(self) -> dict[str, Tensor]:
         """All weights, whole."""
         return {name: self.read(name) for name in self.where}
+
+    def rng_state(self) -> Tensor:
+        """torch's random state on the main rank."""
+        return self._file(self.manifest["files"][0]["file"]).get_tensor("rng/torch")
 
     def check_model(self, model: config.Model) -> None:
         """Raises UserError when the checkpoint is of another network; names the first key that differs."""
@@ -217,8 +227,7 @@ def restore(reader: Reader, engine: Engine, groups: Groups, *, moments: bool) ->
         buffer.copy_(reader.read(name))
     if moments:
         engine.restore_step(reader.manifest["step"])
-        first = next(iter(reader.files.values()))
-        torch.set_rng_state(first.get_tensor("rng/torch"))
+        torch.set_rng_state(reader.rng_state())
 
 
 def check_data(reader: Reader, fingerprint: str, global_rows: int) -> None:

@@ -7,9 +7,11 @@ anything is built. Model files own `model.*`, stage files everything else, launc
 `model` uses the key names of the released checkpoints' config.json, so one vocabulary serves both.
 """
 
+import contextlib
 import difflib
+import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +180,7 @@ CHOICES = {
     "moe.dispatch": ("dropless", "drop_and_pad"),
     "quant.expert_group_axis": ("out", "in"),
     "parallel.engine": ("auto", "deepspeed", "plain"),
-    "parallel.zero_stage": (0, 1, 2),
+    "parallel.zero_stage": (1, 2),
     "log.wandb": ("auto", "online", "offline", "disabled"),
 }
 
@@ -197,19 +199,23 @@ def load(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Config:
             layer = OmegaConf.load(path)
         except Exception as error:  # OmegaConf hands on whatever its YAML parser raises
             raise UserError(f"{path} is not readable YAML: {error}") from None
-        merged = _merge(merged, layer, str(path))
+        merged = _merge(merged, layer, str(path), replace_mixture=True)
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form key.sub=value")
-        merged = _merge(merged, OmegaConf.from_dotlist([override]), f"override {override!r}")
-    config = typing.cast(Config, OmegaConf.to_object(merged))
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise UserError(f"override {override!r} is not readable: {str(error).splitlines()[0]}") from None
+        merged = _merge(merged, layer, f"override {override!r}")
+    config = _typed(merged, "config")
     validate(config)
     return config
 
 
 def from_dict(values: Mapping[str, Any], origin: str) -> Config:
     """Config from plain values, as in a checkpoint; `origin` names the source in errors."""
-    return typing.cast(Config, OmegaConf.to_object(_merge(OmegaConf.structured(Config), dict(values), origin)))
+    return _typed(_merge(OmegaConf.structured(Config), dict(values), origin), origin)
 
 
 def save(config: Config, path: Path) -> None:
@@ -227,14 +233,26 @@ def model_difference(here: Model, there: Model) -> str | None:
     return None
 
 
-def _merge(base, layer, origin: str):
+def _merge(base, layer, origin: str, replace_mixture: bool = False):
     plain: Any = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
     refuse_unknown(plain, Config, "", origin)
-    try:
-        # A mixture is replaced as a whole: a stage's sources must not leak into the next file's.
-        if "mixture" in (plain.get("data") or {}):
-            base.data.mixture = {}
+    # A file's mixture stands for itself: sources of an earlier file must not leak into it.
+    if replace_mixture and "mixture" in (plain.get("data") or {}):
+        base.data.mixture = {}
+    with _omegaconf_errors(origin):
         return OmegaConf.merge(base, layer)
+
+
+def _typed(merged, origin: str) -> Config:
+    with _omegaconf_errors(origin):
+        return typing.cast(Config, OmegaConf.to_object(merged))
+
+
+@contextlib.contextmanager
+def _omegaconf_errors(origin: str) -> Iterator[None]:
+    """A wrong type or an unresolved interpolation, as one line that names the key."""
+    try:
+        yield
     except OmegaConfBaseException as error:
         key = f" {error.full_key}:" if error.full_key else ""
         raise UserError(f"{origin}:{key} {str(error.msg or error).splitlines()[0]}") from None
@@ -297,14 +315,12 @@ def validate(config: Config) -> None:
             f" ({model.max_position_embeddings})",
         ),
         (bool(data.mixture), "data.mixture is empty: name at least one source and its weight"),
-        (all(w >= 0 for w in data.mixture.values()), f"data.mixture has a negative weight: {data.mixture}"),
-        (sum(data.mixture.values()) > 0, f"data.mixture weights sum to 0: {data.mixture}"),
         (
-            # deepspeed 0.19.8 takes the norm over a rank's own experts only (its issue 8475)
-            config.parallel.zero_stage > 0 or ep == 1 or optim.clip_grad_norm == 0,
-            f"parallel.zero_stage=0 clips wrongly with parallel.expert_parallel ({ep}) > 1: use zero_stage=1, or"
-            " optim.clip_grad_norm=0",
+            all(0 <= w < math.inf for w in data.mixture.values()),
+            f"data.mixture has a negative or infinite weight: {data.mixture}",
         ),
+        (train.seed < 2**31, f"train.seed ({train.seed}) must be below 2^31"),
+        (sum(data.mixture.values()) > 0, f"data.mixture weights sum to 0: {data.mixture}"),
         (0 <= optim.min_lr_ratio <= 1, f"optim.min_lr_ratio ({optim.min_lr_ratio}) must lie in 0..1"),
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas} must lie in [0, 1)"),
         (bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"),
@@ -320,10 +336,16 @@ def validate(config: Config) -> None:
             f" (train.tokens / train.global_batch_tokens)",
         ),
     ]
-    for width in ("vocab_size", "hidden_size", "intermediate_size", "intermediate_size_mlp"):
-        value = getattr(model, width)
-        # 32 is the int4 group; the vocabulary is an outer dimension and is never grouped
-        rules.append((width == "vocab_size" or value % 32 == 0, f"model.{width} ({value}) must be a multiple of 32"))
+    widths = {name: getattr(model, name) for name in ("hidden_size", "intermediate_size", "intermediate_size_mlp")}
+    widths["num_attention_heads * head_dim"] = model.num_attention_heads * model.head_dim
+    for name, width in widths.items():  # 32 is the int4 group
+        rules.append((width % 32 == 0, f"model.{name} ({width}) must be a multiple of 32"))
+    if model.rope_scaling is not None:
+        scaling = model.rope_scaling
+        rules += [
+            (scaling.rope_type == "llama3", f"model.rope_scaling.rope_type ({scaling.rope_type}) must be llama3"),
+            (scaling.factor > 0, f"model.rope_scaling.factor ({scaling.factor}) must be above 0"),
+        ]
     for ok, message in rules:
         if not ok:
             raise UserError(message)

@@ -84,7 +84,13 @@ class Mixture:
 
     def __init__(self, weights: Mapping[str, float], num_windows: Mapping[str, int], seed: int) -> None:
         """`num_windows` says how many rows each source has (at least one)."""
-        self.quotas = {name: count for name, count in quotas(weights).items() if count}
+        # Sorted: the order of keys in a config must not change the order of samples.
+        self.quotas = {name: count for name, count in sorted(quotas(weights).items()) if count}
+        for name, weight in weights.items():
+            if weight and name not in self.quotas:
+                raise UserError(
+                    f"data.mixture.{name} ({weight}) is below one sample in {BLOCK}: raise it or leave it out"
+                )
         self.num_windows = {name: num_windows[name] for name in self.quotas}
         self.seed = seed
         self.owner = [name for name, count in self.quotas.items() for _ in range(count)]

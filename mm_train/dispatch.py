@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.permute import Plan, permute, plan_capacity, plan_dropless, unpermute
+from kernels.permute import Plan, invert, permute, plan_capacity, plan_dropless, reorder, unpermute
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Dispatched:
     plan: Plan
     sent: list[int]  # rows this rank sent to each rank; empty without expert parallelism
     received: list[int]
-    by_expert: Tensor | None  # received rows -> rows sorted by local expert
+    by_expert: Tensor | None = None  # received rows -> rows sorted by local expert
+    inverse: Tensor | None = None
 
 
 class Dispatcher:
@@ -44,13 +45,13 @@ class Dispatcher:
     ) -> tuple[Tensor, Tensor, Dispatched]:
         """Returns x_RD sorted by local expert, the local experts' row counts, and the record for `combine`."""
         if dropless or self.capacity_factor is None:
-            plan, sent_E = plan_dropless(ids_TK, counts_E), counts_E
+            plan, sent_E = plan_dropless(ids_TK), counts_E
         else:
             capacity = math.ceil(self.capacity_factor * ids_TK.numel() / self.num_experts)
             plan, sent_E = plan_capacity(ids_TK, counts_E, capacity), torch.full_like(counts_E, capacity)
         x_RD = permute(x_TD, plan)
         if self.ranks == 1:
-            return x_RD, sent_E, Dispatched(plan, [], [], None)
+            return x_RD, sent_E, Dispatched(plan, [], [])
 
         received_E = torch.empty_like(sent_E)  # [source rank, local expert], flattened
         dist.all_to_all_single(received_E, sent_E, group=self.group)
@@ -60,14 +61,15 @@ class Dispatcher:
         # Rows arrive by source rank, then expert; the grouped matmul wants them by expert.
         expert_R = torch.arange(received_SE.shape[1], device=x_TD.device).repeat(self.ranks)
         by_expert = torch.sort(expert_R.repeat_interleave(received_E), stable=True).indices
-        return x_RD[by_expert], received_SE.sum(0), Dispatched(plan, sent, received, by_expert)
+        inverse = invert(by_expert)
+        record = Dispatched(plan, sent, received, by_expert, inverse)
+        return reorder(x_RD, by_expert, inverse), received_SE.sum(0), record
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, record: Dispatched) -> Tensor:
         """Weighted sum of each token's expert outputs: y_RD -> y_TD."""
-        if record.by_expert is not None:
-            inverse = torch.empty_like(record.by_expert)
-            inverse[record.by_expert] = torch.arange(inverse.numel(), device=inverse.device)
-            y_RD = _AllToAll.apply(y_RD[inverse], record.sent, record.received, self.group)
+        if record.by_expert is not None and record.inverse is not None:
+            y_RD = reorder(y_RD, record.inverse, record.by_expert)
+            y_RD = _AllToAll.apply(y_RD, record.sent, record.received, self.group)
         return unpermute(y_RD, weights_TK, record.plan)
 
 

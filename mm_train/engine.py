@@ -86,7 +86,10 @@ def materialise_moments(optimizer: torch.optim.Optimizer) -> None:
     """Create AdamW's state (zeros, step 0) now, as its first step would: a checkpoint can then be loaded into it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {"step": torch.tensor(0.0)} | {k: torch.zeros_like(parameter) for k in MOMENTS}
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),  # where a fused AdamW wants it
+                **{key: torch.zeros_like(parameter) for key in MOMENTS},
+            }
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

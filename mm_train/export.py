@@ -9,15 +9,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_train import checkpoint
+from mm_train import checkpoint, config
 from mm_train.cli import UserError, command
-from mm_train.config import Config
 from mm_train.release import find_tokenizer, load_model, save_release
 from mm_train.tokenizer import load_tokenizer
 
+QUANTISATION_AWARE, POST_TRAINING = "quantisation-aware training", "post-training quantisation"
 
-def export(source: Path, out: Path, format: str) -> Path:
-    """Write the newest checkpoint of `source` (a run or checkpoint folder) to `out`; returns the weight file.
+
+def export(source: Path, out: Path, format: str) -> tuple[Path, str]:
+    """Write the newest checkpoint of `source` (a run or checkpoint folder) to `out`.
+
+    Returns the weight file and how its numbers came about.
 
     From quantisation-aware training the int4 codes and scales are those that training computed with: the same
     function quantises the same float32 weights. From any other checkpoint it is post-training quantisation.
@@ -25,22 +28,24 @@ def export(source: Path, out: Path, format: str) -> Path:
     Raises UserError when there is no checkpoint, or when the experts were trained for another group axis.
     """
     folder = checkpoint.find(source)
-    cfg = checkpoint.Reader(folder).run_config
+    manifest = checkpoint.read_manifest(folder)
+    cfg = config.from_dict(manifest["config"], str(folder))
     if format == "int4" and cfg.quant.enabled and cfg.quant.expert_group_axis != "out":
         raise UserError(
             f"{source} was trained with quant.expert_group_axis={cfg.quant.expert_group_axis}; the int4 release groups"
             " experts along out, and quantising anew would cost accuracy: train with quant.expert_group_axis=out"
         )
     tokenizer = load_tokenizer(find_tokenizer(source))
-    facts = {"stage": cfg.run.stage, "step": checkpoint.read_manifest(folder)["step"], "quantisation": how(cfg, format)}
-    return save_release(load_model(folder), out, format, tokenizer, **facts)
+    quantisation = how(cfg, format)
+    facts = {"stage": cfg.run.stage, "step": manifest["step"], "quantisation": quantisation}
+    return save_release(load_model(folder), out, format, tokenizer, **facts), quantisation
 
 
-def how(cfg: Config, format: str) -> str:
+def how(cfg: config.Config, format: str) -> str:
     """Where the numbers of the exported weights come from."""
     if format == "bf16":
         return "none"
-    return "quantisation-aware training" if cfg.quant.enabled else "post-training quantisation"
+    return QUANTISATION_AWARE if cfg.quant.enabled else POST_TRAINING
 
 
 @command
@@ -53,11 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--format", default="int4", choices=("int4", "bf16"), help="default: %(default)s")
     args = parser.parse_args(argv)
-    file = export(args.checkpoint, args.out, args.format)
+    file, quantisation = export(args.checkpoint, args.out, args.format)
     print(f"{args.format} release: {file} ({file.stat().st_size:,} bytes)")
-    if args.format == "int4" and how(checkpoint.Reader(checkpoint.find(args.checkpoint)).run_config, "int4").startswith(
-        "post"
-    ):
+    if quantisation == POST_TRAINING:
         print(
             "note: this checkpoint is not from quantisation-aware training; its weights were quantised after training"
         )

@@ -37,7 +37,8 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
-        logits_V = model.logits(model.hidden(torch.tensor([ids]))[0, -1]).float()
+        tokens_BT = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
+        logits_V = model.logits(model.hidden(tokens_BT)[0, -1]).float().cpu()
         if temperature == 0:
             token = int(logits_V.argmax())
         else:
@@ -61,6 +62,14 @@ def write(model: MobileMoE, tokenizer: Tokenizer, prompt: str, chat: bool, **opt
     return tokenizer.decode(list(generate(model, ids, stop_ids=tokenizer.stop_ids, **options)))
 
 
+def read_samples(path: Path) -> list[dict[str, str]]:
+    """What earlier calls appended to `path`; nothing if it is not there yet."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mm_train.generate", description="Let a model write.")
@@ -73,9 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     parser.add_argument("--append-to", type=Path, help="also append prompt and text to this JSON file")
     args = parser.parse_args(argv)
-    model = load_model(args.model)
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        raise UserError(
+            f"--temperature {args.temperature} must not be negative, --top-p {args.top_p} must lie in (0, 1] and"
+            f" --max-new-tokens {args.max_new_tokens} must be at least 1"
+        )
+    model = load_model(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(find_tokenizer(args.model))
-    samples = json.loads(args.append_to.read_text()) if args.append_to and args.append_to.exists() else []
+    samples = read_samples(args.append_to) if args.append_to else []
     for prompt in args.prompt:
         text = write(
             model,
@@ -90,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--- {prompt}\n{text}\n")
         samples.append({"prompt": prompt, "text": text, "kind": "chat" if args.chat else "continuation"})
     if args.append_to:
-        write_atomic(args.append_to, json.dumps(samples, indent=1, ensure_ascii=False).encode())
+        try:
+            write_atomic(args.append_to, json.dumps(samples, indent=1, ensure_ascii=False).encode())
+        except OSError as error:
+            raise UserError(f"cannot write {args.append_to}: {error.strerror or error}") from None
     return 0
 
 

@@ -129,6 +129,7 @@ class Metrics:
         if self._is_main:
             with self._surviving("the console"):
                 tqdm.write(text)
+                sys.stdout.flush()  # into a pipe or a log file it would otherwise come in blocks
             with self._surviving("train.log"):
                 self._log.write(f"{time.strftime('%H:%M:%S')}  {text}\n")
 

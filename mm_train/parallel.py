@@ -62,9 +62,10 @@ class Groups:
 
 
 def init_groups(parallel: config.Parallel) -> Groups:
-    """Join the world that torchrun (or srun) describes in the environment and form the expert-parallel groups.
+    """Join the world and form the expert-parallel groups.
 
-    Raises UserError when the world does not fit the layout or DeepSpeed is wanted and not installed.
+    RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe the world; torchrun and launch/local.sh set them. Raises
+    UserError when the world does not fit the layout or the machine, or DeepSpeed is wanted and not installed.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world % parallel.expert_parallel:
@@ -75,7 +76,13 @@ def init_groups(parallel: config.Parallel) -> Groups:
         raise UserError(f"parallel.engine=plain runs on one process; there are {world}: use deepspeed or auto")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} visible):"
+                " start as many processes as GPUs, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not uses_deepspeed(parallel, world):
         return Groups(device=device)
@@ -194,15 +201,14 @@ class DeepSpeedEngine:
                 "steps_per_print": 1 << 60,
             },
         )
-        self.adam = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.adam = self.optimizer.optimizer  # what ZeRO wraps
         materialise_moments(self.adam)
         self._link_moments()
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find each parameter's slice of the moments, which it otherwise does in the first step only."""
-        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def forward(self, batch: Batch) -> Losses:
         return self.engine(batch.tokens_BT, batch.labels_BT, batch.document_BT)
@@ -220,8 +226,6 @@ class DeepSpeedEngine:
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if not hasattr(parameter, "_hp_mapping"):  # ZeRO stage 0
-            return {key: self.adam.state[parameter][key] for key in MOMENTS}
         return {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
 
     def restore(self, parameter: nn.Parameter, value: Tensor, moments: dict[str, Tensor]) -> None:
@@ -230,10 +234,7 @@ class DeepSpeedEngine:
         parameter.data.copy_(value)  # the working copy; the master partition below
         safe_set_full_fp32_param(parameter, value)
         for key, moment in moments.items():
-            if hasattr(parameter, "_hp_mapping"):
-                safe_set_full_optimizer_state(parameter, moment, key)
-            else:
-                self.adam.state[parameter][key].copy_(moment)
+            safe_set_full_optimizer_state(parameter, moment, key)
 
     def restore_step(self, step: int) -> None:
         set_step(self.adam, step)

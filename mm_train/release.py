@@ -17,11 +17,13 @@ from torch import Tensor
 
 from mm_train import checkpoint, config
 from mm_train.cli import UserError
+from mm_train.files import publish
 from mm_train.model import MobileMoE
 from mm_train.quant import GROUP, QMAX, QMIN, FakeQuant, dequantise, enable_fake_quant, pack, quantise, unpack
-from mm_train.tokenizer import Tokenizer
+from mm_train.tokenizer import Tokenizer, load_tokenizer
 
 INT4 = "mobilemoe-int4-g32"
+MARK = "mobilemoe_train"  # key of config.json that says who wrote the folder, and from what
 QUANTIZATION = {
     "format": INT4,
     "group_size": GROUP,
@@ -49,26 +51,37 @@ def save_release(
     if format not in ("bf16", "int4"):
         raise UserError(f"unknown release format {format!r}; it must be bf16 or int4")
     path = Path(path)
-    if path.exists() and not (path / "config.json").exists() and any(path.iterdir()):
-        raise UserError(f"{path} exists and is not a release folder: choose another, or remove it")
+    if path.exists() and not _is_ours(path):
+        raise UserError(f"{path} exists and was not written by this project: choose another place, or remove it")
     tensors = release_tensors(dict(model.state_dict()), format)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     try:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / "config.json").write_text(
-            json.dumps(release_config(model.config, format, tokenizer, facts), indent=2)
-        )
+        values = release_config(model.config, format, tokenizer, facts)
+        (partial / "config.json").write_text(json.dumps(values, indent=2))
         if tokenizer is not None:
             tokenizer.save(partial)
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except OSError as error:
+            os.replace(path, old)
+        publish(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write the release to {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write the release to {path}: {getattr(error, 'strerror', None) or error}") from None
     return path / "model.safetensors"
+
+
+def _is_ours(path: Path) -> bool:
+    """Is this an empty folder or a release that this project wrote, so that it may be replaced?"""
+    if not path.is_dir():
+        return False
+    try:
+        return not any(path.iterdir()) or MARK in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def release_tensors(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
@@ -76,8 +89,8 @@ def release_tensors(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         kept = next((dtype for suffix, dtype in KEPT.items() if name.endswith(suffix)), None)
-        if kept is not None or name.endswith("layernorm.weight"):
-            out[name] = tensor.to(kept or torch.bfloat16)
+        if kept is not None:
+            out[name] = tensor.to(kept)
         elif format == "bf16":
             out[name] = tensor.to(torch.bfloat16)
         else:
@@ -100,27 +113,30 @@ def release_config(model: config.Model, format: str, tokenizer: Tokenizer | None
     """config.json of the release, with every key of the released checkpoints."""
     values = asdict(model)
     del values["name"], values["initializer_range"]
-    layers = model.num_hidden_layers
-    values |= {
+    values |= constants(model.num_hidden_layers)
+    values |= {"torch_dtype": "bfloat16", MARK: {"name": model.name, **facts}}
+    if tokenizer is not None:
+        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids)}
+    if format == "int4":
+        values["quantization"] = QUANTIZATION
+    return values
+
+
+def constants(num_layers: int) -> dict[str, object]:
+    """What every MobileMoE config.json says about the network, and this implementation takes for granted."""
+    return {
         "model_type": "mobilemoe",
         "architectures": ["MobileMoEForCausalLM"],
         "interleave_moe_layer_step": 1,
-        "no_rope_layers": [1] * layers,
-        "layer_types": ["full_attention"] * layers,
+        "no_rope_layers": [1] * num_layers,
+        "layer_types": ["full_attention"] * num_layers,
         "use_qk_norm": True,
         "attn_temperature_tuning": False,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
         "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-        "mobilemoe_train": {"name": model.name, **facts},
     }
-    if tokenizer is not None:
-        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids)}
-    if format == "int4":
-        values["quantization"] = QUANTIZATION
-    return values
 
 
 def load_release(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MobileMoE:
@@ -144,7 +160,7 @@ def load_release(path: str | Path, dtype: torch.dtype = torch.float32, device: s
         raise UserError(f"{path} has no model.safetensors") from None
     except SafetensorError as error:
         raise UserError(f"{path / 'model.safetensors'} is damaged: {error}") from None
-    load_state(model, _plain(stored, model) if quantization else stored, str(path))
+    load_state(model, _plain(stored, model) if quantization else _own_names(stored), str(path))
     return model.to(device).eval()
 
 
@@ -175,6 +191,16 @@ def find_tokenizer(path: str | Path) -> Path:
     raise UserError(f"{path} has no tokenizer.json")
 
 
+def check_same_tokenizer(model_folder: Path, tokenizer: Tokenizer, data_folder: str | Path) -> None:
+    """Raise UserError when a model folder and a data set have different tokenizers: its weights would mean nothing."""
+    theirs = load_tokenizer(find_tokenizer(model_folder)).sha256
+    if theirs != tokenizer.sha256:
+        raise UserError(
+            f"{model_folder} was trained with another tokenizer ({theirs[:12]}) than {data_folder} has"
+            f" ({tokenizer.sha256[:12]}): use the data set it was trained on, or train it anew"
+        )
+
+
 def load_weights(model: MobileMoE, path: Path) -> None:
     """Copy the weights of a release, run or checkpoint folder into `model`, for a new stage."""
     source = load_model(path)
@@ -185,19 +211,24 @@ def load_weights(model: MobileMoE, path: Path) -> None:
 
 
 def model_config(values: dict, path: Path) -> config.Model:
-    """Model section of a config.json. Keys this model has no use for are left aside."""
-    if values.get("model_type") != "mobilemoe":
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}; it must be 'mobilemoe'")
+    """Model section of a config.json. Raises UserError for a key that describes another network."""
     known = {key: values[key] for key in asdict(config.Model()) if key in values}
-    known["name"] = values.get("mobilemoe_train", {}).get("name", path.name)
-    return config.from_dict({"model": known}, str(path / "config.json")).model
+    known["name"] = values.get(MARK, {}).get("name", path.name)
+    model = config.from_dict({"model": known}, str(path / "config.json")).model
+    for key, value in constants(model.num_hidden_layers).items():
+        if key == "model_type" or key in values:
+            found = values.get(key)
+            if found != value:
+                raise UserError(f"{path}: {key} is {found!r:.60}; it must be {value!r:.60}")
+    return model
 
 
 def load_state(model: MobileMoE, state: dict[str, Tensor], origin: str) -> None:
     """Copy tensors into `model`. Raises UserError that names the first missing, unknown or misshapen one."""
     own = dict(model.state_dict())
-    for name in own.keys() - state.keys():
-        raise UserError(f"{origin}: tensor {name} is missing")
+    for name in own:
+        if name not in state:
+            raise UserError(f"{origin}: tensor {name} is missing")
     for name, tensor in state.items():
         if name not in own:
             raise UserError(f"{origin}: unknown tensor {name}")
@@ -207,6 +238,14 @@ def load_state(model: MobileMoE, state: dict[str, Tensor], origin: str) -> None:
             )
         with torch.no_grad():
             own[name].copy_(tensor)
+
+
+def _own_names(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """bf16 tensors under the model's own names: other writers may put `.weight` behind the expert tensors."""
+    return {
+        name.removesuffix(".weight") if ".experts." in name and name.endswith("_proj.weight") else name: tensor
+        for name, tensor in stored.items()
+    }
 
 
 def _plain(stored: dict[str, Tensor], model: MobileMoE) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What happened since the last log line, summed over micro-steps and ranks.
 
-One small all-reduce a step carries everything: the expert-bias update needs the counts of the global batch anyway.
+One small all-reduce a step carries all sums: the expert-bias update needs the counts of the global batch anyway.
 """
 
 import time

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m mm_train.train MODEL.yaml STAGE.yaml parallel.exp
 
 import argparse
 import json
+import math
 import resource
 import sys
 import time
@@ -46,7 +47,7 @@ def train(cfg: config.Config) -> None:
     from mm_train.model import MobileMoE
     from mm_train.parallel import build_engine, init_groups, shard_experts
     from mm_train.quant import FakeQuant, enable_fake_quant
-    from mm_train.release import load_weights
+    from mm_train.release import check_same_tokenizer, load_weights
     from mm_train.statistics import Interval, progress
     from mm_train.tokenizer import load_tokenizer
     from mm_train.validate import validate
@@ -68,12 +69,17 @@ def train(cfg: config.Config) -> None:
     if reader is not None:
         reader.check_model(cfg.model)
         checkpoint.check_data(reader, loader.fingerprint, global_rows)
+        if reader.manifest["step"] > cfg.total_steps:
+            raise UserError(
+                f"{resume_from} is beyond train.tokens: {reader.manifest['step']} steps done, {cfg.total_steps} asked for"
+            )
 
     # --- model: built whole, then changed from outside, in this order ---------------------------------------------
     model = MobileMoE(cfg.model, getattr(torch, cfg.train.dtype))
     model.init_weights(cfg.train.seed)
     if cfg.init_from and reader is None:
         load_weights(model, Path(cfg.init_from))
+        check_same_tokenizer(Path(cfg.init_from), tokenizer, cfg.data.path)
     if cfg.moe.dispatch == "drop_and_pad":
         for layer in model.moe_layers():
             layer.dispatcher.capacity_factor = cfg.moe.capacity_factor
@@ -147,6 +153,7 @@ def train(cfg: config.Config) -> None:
         batches = list(loader.micro_batches(step, global_rows, cfg.train.micro_batch_size, groups.rank, groups.world))
         interval.data_seconds += time.perf_counter() - begun
         scored = groups.sum(torch.tensor(float(sum(b.num_scored for b in batches)), device=groups.device))
+        scored.clamp_(min=1)  # a batch may have nothing to score
         for batch in batches:
             losses = engine.forward(batch.to(groups.device))
             loss = losses.cross_entropy_sum / scored
@@ -154,7 +161,12 @@ def train(cfg: config.Config) -> None:
             engine.backward((loss + cfg.moe.z_loss_weight * z_loss) * engine.loss_scale)
             interval.add_micro(losses)
         rate = optim.learning_rate(step, cfg.total_steps, cfg.optim)
-        grad_norm = engine.step(rate)
+        grad_norm = float(engine.step(rate))
+        if not 0 <= grad_norm < math.inf:  # DeepSpeed reports -1 for NaN
+            raise UserError(
+                f"training diverged: the gradient norm of step {step + 1} is {grad_norm}; the last checkpoint is"
+                f" {checkpoint.latest(run_dir)}; try a lower optim.lr (now {cfg.optim.lr}) or more optim.warmup_steps"
+            )
         counts_LE = interval.finish_step(float(scored))
         optim.update_expert_bias(biases, counts_LE, cfg.moe.bias_update_rate)
 
@@ -162,10 +174,11 @@ def train(cfg: config.Config) -> None:
         finished = step + 1
         last = finished == cfg.total_steps
         if finished % cfg.log.every == 0 or last:
-            values = interval.values(finished) | {"lr": rate, "grad_norm": float(grad_norm)}
+            values = interval.values(finished) | {"lr": rate, "grad_norm": grad_norm}
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             metrics.train(finished, **values, seconds=time.perf_counter() - started, memory_gib=memory)
             interval.start()
+            trained = time.perf_counter()
         if held_out and (last or (cfg.train.validate_every and finished % cfg.train.validate_every == 0)):
             held_out_scores(finished)
         if last or finished % cfg.checkpoint.every == 0:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import IGNORE
-from mm_train.cli import command
+from mm_train.cli import UserError, command
 from mm_train.data import collate, open_sources
+from mm_train.files import write_atomic
 from mm_train.model import MobileMoE
 from mm_train.parallel import Groups
 from mm_train.shards import ShardReader
@@ -104,16 +105,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=0, help="of each source (default: all that is held out)")
     parser.add_argument("--out", type=Path, help="also write the scores to this JSON file")
     args = parser.parse_args(argv)
-    from mm_train.release import load_model
+    from mm_train.release import check_same_tokenizer, load_model
 
-    model = load_model(args.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(args.model, device=str(device))
+    longest = model.config.max_position_embeddings
+    if not 1 <= args.seq_len <= longest or args.rows < 1:
+        raise UserError(f"--seq-len {args.seq_len} must lie in 1..{longest} and --rows {args.rows} must be at least 1")
     tokenizer = load_tokenizer(args.data)
+    check_same_tokenizer(args.model, tokenizer, args.data)
     readers = open_sources(args.data, args.sources.split(","), "val", args.seq_len)
-    scores = validate(model, readers, tokenizer.token_bytes(), args.seq_len, args.rows, Groups(), args.max_tokens)
+    scores = validate(
+        model, readers, tokenizer.token_bytes(), args.seq_len, args.rows, Groups(device=device), args.max_tokens
+    )
     for name, score in scores.items():
         print(f"{name:12s} loss {score.loss:.4f}  {score.bits_per_byte:.4f} bits per byte  {score.tokens} tokens")
     if args.out:
-        args.out.write_text(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1))
+        try:
+            write_atomic(
+                args.out, json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1).encode()
+            )
+        except OSError as error:
+            raise UserError(f"cannot write {args.out}: {error.strerror or error}") from None
     return 0
 
 

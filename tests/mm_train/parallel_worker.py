@@ -1,4 +1,4 @@
-"""What test_parallel.py runs on two ranks in one launch: argv[1] is a saved config, argv[2] where rank 0 reports."""
+"""What test_parallel.py runs on several ranks: argv is a saved config, the file for rank 0's report, and dispatches."""
 
 import dataclasses
 import json
@@ -15,14 +15,12 @@ from mm_train.model import MobileMoE
 from mm_train.optim import learning_rate, update_expert_bias
 from mm_train.parallel import DeepSpeedEngine, Groups, init_groups, shard_experts
 
-STEPS = 20
-
 
 def main() -> None:
     cfg = config.load([sys.argv[1]])
     groups = init_groups(cfg.parallel)
     report = {}
-    for dispatch in ("dropless", "drop_and_pad"):
+    for dispatch in sys.argv[3:]:
         cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch=dispatch))
         report[dispatch] = compare(cfg, groups)
     if groups.is_main:
@@ -41,7 +39,7 @@ def compare(cfg: config.Config, groups: Groups) -> dict:
     whole = dict(single.model.named_parameters())
 
     losses, gradients, dropped = [], {}, 0.0
-    for step in range(STEPS):
+    for step in range(cfg.total_steps):
         want, _ = run_step(single, loader, step, cfg, Groups())
         got, step_dropped = run_step(sharded, loader, step, cfg, groups)
         dropped += step_dropped
@@ -53,7 +51,7 @@ def compare(cfg: config.Config, groups: Groups) -> dict:
                 expected = whole[name].grad[mine.start : mine.stop] if is_expert(name) else whole[name].grad
                 error = (safe_get_full_grad(parameter) - expected).abs().max() / expected.abs().max()
                 gradients[name] = float(error)
-        rate = learning_rate(step, STEPS, cfg.optim)
+        rate = learning_rate(step, cfg.total_steps, cfg.optim)
         norms = float(single.step(rate)), float(sharded.step(rate))
         assert abs(norms[0] - norms[1]) < 1e-3 * norms[0], norms
     weights = max(
@@ -61,14 +59,31 @@ def compare(cfg: config.Config, groups: Groups) -> dict:
         for n, p in sharded_model.named_parameters()
     )
     run_dir = Path(cfg.run.dir) / cfg.moe.dispatch
-    checkpoint.save(run_dir, STEPS, sharded, groups, cfg, {"samples": 0, "data_fingerprint": ""})
+    checkpoint.save(run_dir, cfg.total_steps, sharded, groups, cfg, {"samples": 0, "data_fingerprint": ""})
     return {
         "losses": losses,
         "gradients": gradients,
         "weights": weights,
         "dropped": dropped,
         "resharded": reload_elsewhere(run_dir, cfg, single) if groups.is_main else 0.0,
+        "resumed": resume_in_place(run_dir, cfg, sharded, loader, groups),
     }
+
+
+def resume_in_place(run_dir: Path, cfg: config.Config, engine: DeepSpeedEngine, loader: Loader, groups: Groups) -> bool:
+    """Load the checkpoint into fresh engines on the same ranks: does the next step equal, bit for bit, that of the
+    engine that wrote it?"""
+    model = build(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=1)))
+    shard_experts(model, groups)
+    fresh = DeepSpeedEngine(model, cfg, groups)
+    checkpoint.restore(checkpoint.Reader(checkpoint.find(run_dir)), fresh, groups, moments=True)
+    outcomes = []
+    for each in (engine, fresh):
+        loss, _ = run_step(each, loader, cfg.total_steps, cfg, groups)
+        outcomes.append((loss, float(each.step(1e-3)), each.model.state_dict()))
+    (loss, norm, weights), (fresh_loss, fresh_norm, fresh_weights) = outcomes
+    same = all(torch.equal(weights[name], fresh_weights[name]) for name in weights)
+    return same and loss == fresh_loss and norm == fresh_norm
 
 
 def reload_elsewhere(run_dir: Path, cfg: config.Config, single: PlainEngine) -> float:
@@ -78,7 +93,7 @@ def reload_elsewhere(run_dir: Path, cfg: config.Config, single: PlainEngine) -> 
     worst = 0.0
     for ours, want in zip(fresh.model.parameters(), single.model.parameters(), strict=True):
         state, expected = fresh.optimizer.state[ours], single.optimizer.state[want]
-        assert state["step"] == expected["step"] == STEPS
+        assert state["step"] == expected["step"] == cfg.total_steps
         pairs = [(ours, want), *((state[k], expected[k]) for k in ("exp_avg", "exp_avg_sq"))]
         worst = max(worst, *(float((a - b).detach().abs().max()) for a, b in pairs))
     return worst
@@ -86,7 +101,7 @@ def reload_elsewhere(run_dir: Path, cfg: config.Config, single: PlainEngine) -> 
 
 def build(cfg: config.Config) -> MobileMoE:
     model = MobileMoE(cfg.model)
-    model.init_weights(0)
+    model.init_weights(cfg.train.seed)
     if cfg.moe.dispatch == "drop_and_pad":
         for layer in model.moe_layers():
             layer.dispatcher.capacity_factor = cfg.moe.capacity_factor

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -76,6 +77,37 @@ def test_latest_is_the_newest_complete_one_and_old_ones_go(engine, small_config,
     assert checkpoint.latest(tmp_path) == root / "step-00000003"
 
 
+def test_a_run_that_was_rolled_back_keeps_what_it_saves(engine, small_config, tmp_path):
+    small_config.checkpoint.keep = 2
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step * 100, engine, Groups(), small_config, FACTS)
+    (tmp_path / "checkpoints/latest").write_text("step-00000200\n")
+    checkpoint.save(tmp_path, 250, engine, Groups(), small_config, FACTS)
+    left = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert left == ["step-00000200", "step-00000250"]
+    assert checkpoint.latest(tmp_path).name == "step-00000250"
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_kill_between_the_renames_leaves_a_usable_latest(engine, saved, small_config, tmp_path, monkeypatch, moment):
+    calls = []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) == moment:
+            raise KeyboardInterrupt  # as good as a kill: nothing after it runs
+        os.rename(source, target)
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 9, engine, Groups(), small_config, FACTS)
+    monkeypatch.undo()
+    checkpoint.Reader(checkpoint.latest(tmp_path)).weights()
+    assert checkpoint.latest(tmp_path) == saved
+    checkpoint.save(tmp_path, 9, engine, Groups(), small_config, FACTS)
+    assert checkpoint.latest(tmp_path).name == "step-00000009"
+
+
 def test_a_torn_write_is_never_chosen_and_is_swept_away(engine, saved, small_config, tmp_path):
     torn = tmp_path / "checkpoints" / "step-00000009.partial"
     torn.mkdir()
@@ -95,7 +127,7 @@ def test_damage_is_named(saved, damage):
         content[len(content) // 2] ^= 1
         file.write_bytes(content if damage == "flip" else content[:-10])
     with pytest.raises(UserError, match=r"checkpoint file .*rank-00000.safetensors"):
-        checkpoint.Reader(saved)
+        checkpoint.Reader(saved).weights()
 
 
 def test_a_damaged_manifest_is_named(saved):

@@ -24,6 +24,10 @@ def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
     assert cfg.model.name == "tiny"
 
 
+def test_overrides_add_to_the_mixture_of_the_files():
+    assert load("data.mixture.code=3", "data.mixture.chat=1").data.mixture == {"code": 3, "docs": 40, "chat": 1}
+
+
 def test_saved_config_reads_back_equal(tmp_path):
     cfg = load("model.rope_scaling.factor=8", "parallel.expert_parallel=2")
     config.save(cfg, tmp_path / "config.yaml")
@@ -50,9 +54,16 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("model.hidden_size=100", r"model.hidden_size \(100\) must be a multiple of 32"),
         ("model.num_key_value_heads=3", r"num_key_value_heads \(3\) must divide"),
         ("model.num_experts_per_tok=99", r"num_experts_per_tok \(99\) must not exceed"),
-        ("parallel.zero_stage=0 parallel.expert_parallel=2", r"zero_stage=0 clips wrongly with .* \(2\) > 1"),
+        ("parallel.zero_stage=3", r"parallel.zero_stage is 3; it must be one of 1, 2"),
+        ("model.num_attention_heads=3 model.num_key_value_heads=3 model.head_dim=16", r"\(48\) must be a multiple"),
+        ("optim.betas=[0.9", r"override 'optim.betas=\[0.9' is not readable"),
+        ("run.dir=${oops}", r"run.dir"),
+        ("train.seed=99999999999", r"train.seed \(99999999999\) must be below"),
+        ("data.mixture.code=.inf", r"negative or infinite weight"),
+        ("model.rope_scaling.factor=0", r"rope_scaling.factor \(0.0\) must be above 0"),
+        ("model.rope_scaling.rope_type=yarn", r"rope_type \(yarn\) must be llama3"),
         ("run.dir=''", r"run.dir is empty"),
-        ("data.mixture.code=-1", r"negative weight"),
+        ("data.mixture.code=-1", r"negative or infinite weight"),
     ],
 )
 def test_bad_values_are_refused_with_their_numbers(override, message):

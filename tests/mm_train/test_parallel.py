@@ -15,28 +15,42 @@ from mm_train.parallel import init_groups
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(python: str, *args: str, ranks: int = 2) -> subprocess.CompletedProcess:
+def torchrun(python: str, *args: str, ranks: int) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *args]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def report(small_model, data_set, tmp_path_factory, python) -> dict:
-    folder = tmp_path_factory.mktemp("parallel")
-    cfg = config.Config(model=small_model)
+def compare(small_model, data_set, tmp_path_factory, python):
+    """A function that runs parallel_worker.py and returns its report."""
+
+    def run(ranks: int, steps: int, parallel: config.Parallel, *dispatches: str) -> dict:
+        folder = tmp_path_factory.mktemp("parallel")
+        cfg = configure(small_model, data_set, steps, parallel)
+        cfg.run.dir = str(folder / "run")
+        config.save(cfg, folder / "config.yaml")
+        files = [str(folder / "config.yaml"), str(folder / "report.json")]
+        done = torchrun(python, "tests/mm_train/parallel_worker.py", *files, *dispatches, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((folder / "report.json").read_text())
+
+    return run
+
+
+def configure(model: config.Model, data_set: Path, steps: int, parallel: config.Parallel) -> config.Config:
+    cfg = config.Config(model=model)
     cfg.data = config.Data(path=str(data_set), mixture={"code": 3, "chat": 1}, seq_len=64)
-    cfg.train = config.Train(tokens=20 * 1024, global_batch_tokens=1024, micro_batch_size=4)
+    cfg.train = config.Train(tokens=steps * 1024, global_batch_tokens=1024, micro_batch_size=4)
     cfg.optim = config.Optim(lr=1e-3, warmup_steps=2)
     cfg.moe = config.Moe(capacity_factor=1.25)
-    cfg.parallel = config.Parallel(expert_parallel=2, zero_stage=1)
-    cfg.run.dir = str(folder / "run")
-    config.save(cfg, folder / "config.yaml")
-    done = torchrun(
-        python, "tests/mm_train/parallel_worker.py", str(folder / "config.yaml"), str(folder / "report.json")
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "report.json").read_text())
+    cfg.parallel = parallel
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def report(compare) -> dict:
+    return compare(2, 20, config.Parallel(expert_parallel=2, zero_stage=1), "dropless", "drop_and_pad")
 
 
 @pytest.mark.parametrize("dispatch", ["dropless", "drop_and_pad"])
@@ -59,6 +73,19 @@ def test_every_named_gradient_is_equal(report, dispatch, small_model):
 @pytest.mark.parametrize("dispatch", ["dropless", "drop_and_pad"])
 def test_a_two_rank_checkpoint_loads_on_one_process(report, dispatch):
     assert report[dispatch]["resharded"] < 1e-4
+
+
+@pytest.mark.parametrize("dispatch", ["dropless", "drop_and_pad"])
+def test_resumed_on_two_ranks_is_bitwise_the_same(report, dispatch):
+    assert report[dispatch]["resumed"]
+
+
+def test_four_ranks_of_expert_parallel_two_with_zero_2(compare):
+    report = compare(4, 3, config.Parallel(expert_parallel=2, zero_stage=2), "dropless")["dropless"]
+    assert max(abs(one - two) for one, two in report["losses"]) <= 1e-5
+    assert max(report["gradients"].values()) < 2e-6
+    assert report["resharded"] < 1e-4
+    assert report["resumed"]
 
 
 def test_a_world_that_does_not_fit_is_refused(monkeypatch):

@@ -75,9 +75,27 @@ def test_a_second_save_is_byte_identical_and_replaces_the_first(model, tmp_path)
 
 def test_a_folder_that_is_something_else_is_left_alone(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("do not lose me")
-    with pytest.raises(UserError, match="exists and is not a release folder"):
+    with pytest.raises(UserError, match="exists and was not written by this project"):
         save_release(model, tmp_path, "int4")
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_somebody_elses_checkpoint_is_left_alone(model, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mobilemoe"}')
+    with pytest.raises(UserError, match="was not written by this project"):
+        save_release(model, tmp_path, "int4")
+    with pytest.raises(UserError, match="was not written by this project"):
+        save_release(model, tmp_path / "config.json", "int4")
+
+
+def test_expert_tensors_may_carry_a_weight_suffix(model, tmp_path):
+    file = save_release(model, tmp_path / "out", "bf16")
+    want = load_release(tmp_path / "out").state_dict()
+    tensors = {k + ".weight" if k.endswith("_proj") else k: v for k, v in load_file(file).items()}
+    assert sum(k.endswith("down_proj.weight") and ".experts." in k for k in tensors) == 2
+    save_file(tensors, file)
+    for name, value in load_release(tmp_path / "out").state_dict().items():
+        assert torch.equal(value, want[name]), name
 
 
 def _drop(tensors):
@@ -123,6 +141,9 @@ def test_wrong_tensors_are_refused_by_name(model, tmp_path, change, message):
         ("model_type", "llama", "model_type is 'llama'; it must be 'mobilemoe'"),
         ("quantization", {"format": "gptq"}, "quantization.format is 'gptq'"),
         ("hidden_size", "wide", "hidden_size"),
+        ("use_qk_norm", False, "use_qk_norm is False; it must be True"),
+        ("no_rope_layers", [1, 0], r"no_rope_layers is \[1, 0\]; it must be \[1, 1\]"),
+        ("tie_word_embeddings", False, "tie_word_embeddings is False"),
     ],
 )
 def test_wrong_config_is_refused_by_key(model, tmp_path, key, value, message):

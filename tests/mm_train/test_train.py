@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mm_train import checkpoint, config, export, generate, validate
+from mm_train.cli import UserError
 from mm_train.metrics import read_metrics
 from mm_train.train import active_parameters, main, train
 
@@ -43,7 +44,6 @@ def test_a_run_learns_and_leaves_everything_behind(finished):
     records = read_metrics(run)
     held_out = {(r["step"], r["source"]): r for r in records["validation"]}
     assert held_out[12, "code"]["bits_per_byte"] < held_out[0, "code"]["bits_per_byte"]
-    assert records["train"][0]["expert_load"][0] != records["train"][-1]["expert_load"][0]
     assert config.load([run / "config.yaml"]) == finished
     assert (run / "DONE").exists()
     assert checkpoint.latest(run).name == "step-00000012"
@@ -66,11 +66,12 @@ def test_a_finished_run_is_not_repeated(finished, capsys, tmp_path):
     assert (Path(finished.run.dir) / "metrics.jsonl").read_bytes() == before
 
 
-def test_killed_at_any_instant_and_resumed_equals_uninterrupted(small_config, tmp_path, python):
+def test_killed_and_resumed_equals_uninterrupted(small_config, tmp_path, python):
     train(small_config)
     want = losses(small_config.run.dir)
-    interrupted = dataclasses.replace(small_config, run=config.Run(dir=str(tmp_path / "killed")))
-    interrupted.checkpoint.every = 2
+    interrupted = dataclasses.replace(
+        small_config, run=config.Run(dir=str(tmp_path / "killed")), checkpoint=config.Checkpoint(every=2)
+    )
     config.save(interrupted, tmp_path / "cfg.yaml")
     process = start(python, tmp_path / "cfg.yaml")
     for line in process.stdout:
@@ -78,9 +79,10 @@ def test_killed_at_any_instant_and_resumed_equals_uninterrupted(small_config, tm
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
-    assert checkpoint.latest(tmp_path / "killed").name == "step-00000004"
+    saved = checkpoint.read_manifest(checkpoint.latest(tmp_path / "killed"))["step"]
+    assert saved in (4, 6)
     output = start(python, tmp_path / "cfg.yaml").communicate()[0]
-    assert "resuming after step 4" in output
+    assert f"resuming after step {saved} " in output
     assert losses(tmp_path / "killed") == want
     final = [
         checkpoint.Reader(checkpoint.latest(Path(d))).weights() for d in (small_config.run.dir, tmp_path / "killed")
@@ -123,6 +125,28 @@ def test_stages_chain_through_init_from_to_a_release_that_keeps_the_loss(finishe
     capsys.readouterr()
     assert generate.main(["--model", str(tmp_path / "int4"), "--prompt", "import", "--max-new-tokens", "5"]) == 0
     assert "--- import" in capsys.readouterr().out
+
+
+def test_a_divergence_stops_before_it_is_saved(small_config, monkeypatch):
+    from mm_train.engine import PlainEngine
+
+    step = PlainEngine.step
+    calls = []
+
+    def explode(engine, rate):
+        calls.append(rate)
+        return step(engine, rate) if len(calls) < 6 else torch.tensor(float("nan"))
+
+    monkeypatch.setattr(PlainEngine, "step", explode)
+    with pytest.raises(UserError, match=r"gradient norm of step 6 is nan; the last checkpoint is .*step-00000004"):
+        train(small_config)
+
+
+def test_a_shorter_budget_than_was_trained_is_refused(finished):
+    (Path(finished.run.dir) / "DONE").unlink()
+    finished.train.tokens = 5 * 512
+    with pytest.raises(UserError, match="12 steps done, 5 asked for"):
+        train(finished)
 
 
 def test_accumulation_does_not_change_the_result(small_config, tmp_path):
