@@ -71,7 +71,7 @@ def train(cfg: config.Config) -> None:
         checkpoint.check_data(reader, loader.fingerprint, global_rows)
         if reader.manifest["step"] > cfg.total_steps:
             raise UserError(
-                f"{resume_from} is beyond train.tokens: {reader.manifest['step']} steps done, {cfg.total_steps} asked for"
+                f"{resume_from} is beyond train.tokens: {reader.manifest['step']} steps done, {cfg.total_steps} wanted"
             )
 
     # --- model: built whole, then changed from outside, in this order ---------------------------------------------

@@ -53,7 +53,7 @@ def compare(cfg: config.Config, groups: Groups) -> dict:
                 gradients[name] = float(error)
         rate = learning_rate(step, cfg.total_steps, cfg.optim)
         norms = float(single.step(rate)), float(sharded.step(rate))
-        assert abs(norms[0] - norms[1]) < 1e-3 * norms[0], norms
+        assert abs(norms[0] - norms[1]) < 1e-5 * norms[0], norms
     weights = max(
         float((p.data - (whole[n].data[mine.start : mine.stop] if is_expert(n) else whole[n].data)).abs().max())
         for n, p in sharded_model.named_parameters()

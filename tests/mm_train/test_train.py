@@ -145,7 +145,7 @@ def test_a_divergence_stops_before_it_is_saved(small_config, monkeypatch):
 def test_a_shorter_budget_than_was_trained_is_refused(finished):
     (Path(finished.run.dir) / "DONE").unlink()
     finished.train.tokens = 5 * 512
-    with pytest.raises(UserError, match="12 steps done, 5 asked for"):
+    with pytest.raises(UserError, match="12 steps done, 5 wanted"):
         train(finished)
 
 
