@@ -53,8 +53,10 @@ class Dispatcher:
         if self.ranks == 1:
             return x_RD, sent_E, Dispatched(plan, [], [])
 
-        received_E = torch.empty_like(sent_E)  # [source rank, local expert], flattened
-        dist.all_to_all_single(received_E, sent_E, group=self.group)
+        received_E = sent_E  # [source rank, local expert], flattened; with a capacity all counts are equal
+        if plan.full:
+            received_E = torch.empty_like(sent_E)
+            dist.all_to_all_single(received_E, sent_E, group=self.group)
         received_SE, sent_SE = received_E.view(self.ranks, -1), sent_E.view(self.ranks, -1)
         sent, received = sent_SE.sum(1).tolist(), received_SE.sum(1).tolist()
         x_RD = _AllToAll.apply(x_RD, received, sent, self.group)
