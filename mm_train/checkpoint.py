@@ -216,18 +216,16 @@ class Reader:
 
 
 @torch.no_grad()
-def restore(reader: Reader, engine: Engine, groups: Groups, *, moments: bool) -> None:
-    """Load weights (and with `moments` the optimizer state and RNG) into an engine of any layout."""
+def restore(reader: Reader, engine: Engine, groups: Groups) -> None:
+    """Load weights, optimizer state and RNG into an engine of any layout."""
     mine = groups.local_experts(engine.model.config.num_local_experts)
     for name, parameter in engine.model.named_parameters():
-        kinds = MOMENTS if moments else ()
-        state = {kind: reader.read(name, kind, mine).to(groups.device) for kind in kinds}
+        state = {kind: reader.read(name, kind, mine).to(groups.device) for kind in MOMENTS}
         engine.restore(parameter, reader.read(name, "weight", mine).to(groups.device), state)
     for name, buffer in engine.model.named_buffers():
         buffer.copy_(reader.read(name))
-    if moments:
-        engine.restore_step(reader.manifest["step"])
-        torch.set_rng_state(reader.rng_state())
+    engine.restore_step(reader.manifest["step"])
+    torch.set_rng_state(reader.rng_state())
 
 
 def check_data(reader: Reader, fingerprint: str, global_rows: int) -> None:

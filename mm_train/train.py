@@ -91,7 +91,7 @@ def train(cfg: config.Config) -> None:
     engine = build_engine(model, cfg, groups)
     first_step = 0
     if reader is not None:
-        checkpoint.restore(reader, engine, groups, moments=True)
+        checkpoint.restore(reader, engine, groups)
         first_step = reader.manifest["step"]
 
     # --- log ------------------------------------------------------------------------------------------------------

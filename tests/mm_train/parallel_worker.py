@@ -76,7 +76,7 @@ def resume_in_place(run_dir: Path, cfg: config.Config, engine: DeepSpeedEngine, 
     model = build(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=1)))
     shard_experts(model, groups)
     fresh = DeepSpeedEngine(model, cfg, groups)
-    checkpoint.restore(checkpoint.Reader(checkpoint.find(run_dir)), fresh, groups, moments=True)
+    checkpoint.restore(checkpoint.Reader(checkpoint.find(run_dir)), fresh, groups)
     outcomes = []
     for each in (engine, fresh):
         loss, _ = run_step(each, loader, cfg.total_steps, cfg, groups)
@@ -89,7 +89,7 @@ def resume_in_place(run_dir: Path, cfg: config.Config, engine: DeepSpeedEngine, 
 def reload_elsewhere(run_dir: Path, cfg: config.Config, single: PlainEngine) -> float:
     """Load the two-rank checkpoint into one plain process: largest difference to the engine that was never sharded."""
     fresh = PlainEngine(MobileMoE(cfg.model), cfg.optim)
-    checkpoint.restore(checkpoint.Reader(checkpoint.find(run_dir)), fresh, Groups(), moments=True)
+    checkpoint.restore(checkpoint.Reader(checkpoint.find(run_dir)), fresh, Groups())
     worst = 0.0
     for ours, want in zip(fresh.model.parameters(), single.model.parameters(), strict=True):
         state, expected = fresh.optimizer.state[ours], single.optimizer.state[want]

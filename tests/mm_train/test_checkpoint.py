@@ -37,7 +37,7 @@ def test_everything_comes_back_bit_for_bit(engine, saved, small_config):
     state = torch.get_rng_state()
     torch.rand(5)
     fresh = PlainEngine(MobileMoE(small_config.model), small_config.optim)
-    checkpoint.restore(checkpoint.Reader(saved), fresh, Groups(), moments=True)
+    checkpoint.restore(checkpoint.Reader(saved), fresh, Groups())
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in engine.model.state_dict().items():
         assert torch.equal(fresh.model.state_dict()[name], value), name

