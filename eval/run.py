@@ -70,7 +70,7 @@ def load(path: Path, batch_tokens: int | None) -> Any:
     import torch
 
     from eval.lm import MobileMoELM
-    from mm_train.release import find_tokenizer, load_model
+    from mm_train.model_folder import find_tokenizer, load_model
     from mm_train.tokenizer import load_tokenizer
 
     on_gpu = torch.cuda.is_available()

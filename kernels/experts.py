@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.linear import FEW_ROWS, linear
+
 
 def experts_reference(
     x_RD: Tensor,
@@ -34,16 +36,54 @@ def experts(
 
     Args:
         x_RD: rows sorted by expert, float32 or bfloat16 (float64 takes the reference, for gradient checks).
-        gate_up_EDF: [E, D, 2F], cast to the dtype of x.
+        gate_up_EDF: [E, D, 2F], cast to the dtype of x. float32 rows on a CPU may meet 16-bit weights, which should
+            then lie in memory as [E, 2F, D], and `down_EFD` as [E, D, F]: see kernels.linear.
         down_EFD: [E, F, D], likewise.
         counts_E: int64 rows of each expert; they add up to R.
         hidden_transform: applied to the input of the down projection (activation quantisation).
     """
     if x_RD.dtype == torch.float64 or x_RD.shape[0] == 0:
         return experts_reference(x_RD, gate_up_EDF.to(x_RD.dtype), down_EFD.to(x_RD.dtype), counts_E, hidden_transform)
+    if x_RD.device.type == "cpu" and x_RD.dtype == torch.float32 and gate_up_EDF.dtype != torch.float32:
+        return _experts_hit(x_RD, gate_up_EDF, down_EFD, counts_E, hidden_transform)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     hidden_RF = F.grouped_mm(x_RD, gate_up_EDF.to(x_RD.dtype), offs=ends_E)
     return F.grouped_mm(hidden_transform(_swiglu(hidden_RF)), down_EFD.to(x_RD.dtype), offs=ends_E)
+
+
+def experts_of_few_tokens(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor
+) -> Tensor:
+    """y_TD (float32): the weighted sum of each token's experts, without any permutation; for decoding on a CPU.
+
+    For so few tokens the bookkeeping of grouped rows takes longer than the products. `x_TD` is in the dtype of the
+    weights, which should lie in memory as [E, 2F, D] and [E, D, F] if that is a 16-bit one.
+    """
+    outputs = [
+        linear(_swiglu(linear(x, gate_up_EDF[expert].T)), down_EFD[expert].T)
+        for x, chosen in zip(x_TD.split(1), ids_TK.tolist(), strict=True)
+        for expert in chosen
+    ]
+    y_TKD = torch.cat(outputs).view(*ids_TK.shape, -1).float()
+    return (weights_TK[:, None] @ y_TKD)[:, 0]
+
+
+def _experts_hit(
+    x_RD: Tensor,
+    gate_up_EDF: Tensor,
+    down_EFD: Tensor,
+    counts_E: Tensor,
+    hidden_transform: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Only the experts that have rows, each as it lies in memory: reading whole weights costs more than the loop."""
+    counts = counts_E.tolist()
+    chosen = [expert for expert, count in enumerate(counts) if count]
+    rows = x_RD.to(gate_up_EDF.dtype) if x_RD.shape[0] <= FEW_ROWS else x_RD  # what linear() would do, once for all
+    outputs = []
+    for expert, x in zip(chosen, rows.split([counts[expert] for expert in chosen]), strict=True):
+        hidden = hidden_transform(_swiglu(linear(x, gate_up_EDF[expert].T)))
+        outputs.append(linear(hidden, down_EFD[expert].T))
+    return torch.cat(outputs).to(x_RD.dtype)
 
 
 def _swiglu(hidden_RF: Tensor) -> Tensor:

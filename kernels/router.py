@@ -1,4 +1,4 @@
-"""Sigmoid router with selection bias: scores to expert ids and weights (arXiv 2605.27358; DeepSeek-V3's balancing).
+"""Router with selection bias: logits to expert ids and weights (arXiv 2605.27358; DeepSeek-V3's balancing).
 
 Shapes: T tokens, E experts, K experts per token.
 """
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise: bool = True) -> tuple[Tensor, Tensor]:
+def route(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise: bool = True, scoring: str = "sigmoid"
+) -> tuple[Tensor, Tensor]:
     """Choose `top_k` experts a token and weigh them.
 
     Args:
@@ -16,11 +18,12 @@ def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise
         top_k: K.
         scale: factor on the weights (`routed_scaling_factor`).
         normalise: divide the chosen scores by their sum (`norm_topk_prob`).
+        scoring: "sigmoid" scores each expert on its own (MobileMoE), "softmax" all of them against each other.
 
     Returns:
         ids_TK (int64, best first; of equal candidates the lower id first) and weights_TK (float32, differentiable).
     """
-    scores_TE = torch.sigmoid(logits_TE)
+    scores_TE = torch.sigmoid(logits_TE) if scoring == "sigmoid" else torch.softmax(logits_TE, -1)
     # A stable sort, because topk leaves the order of ties open.
     order_TE = torch.sort(scores_TE.detach() + bias_E, dim=-1, descending=True, stable=True).indices
     ids_TK = order_TE[:, :top_k]

@@ -28,6 +28,7 @@ from torch import Tensor
 from mm_train import config
 from mm_train.cli import UserError
 from mm_train.engine import MOMENTS, Engine
+from mm_train.files import sync
 from mm_train.parallel import Groups
 
 FORMAT = "mobilemoe-checkpoint-1"
@@ -50,7 +51,7 @@ def save(run_dir: Path, step: int, engine: Engine, groups: Groups, cfg: config.C
     file = partial / f"rank-{groups.rank:05d}.safetensors"
     with _write_errors(file):
         save_file(share, file)
-        _sync(file)
+        sync(file)
     record = {"file": file.name, "sha256": _sha256(file), "bytes": file.stat().st_size, "parts": parts}
     records = [record]
     if groups.world > 1:
@@ -101,16 +102,16 @@ def is_expert(name: str) -> bool:
 def _publish(root: Path, partial: Path, final: Path, manifest: dict) -> None:
     path = partial / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1))
-    _sync(path)
+    sync(path)
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
-    _sync(root)
+    sync(root)
     pointer = root / "latest.partial"
     pointer.write_text(final.name + "\n")
-    _sync(pointer)
+    sync(pointer)
     os.replace(pointer, root / "latest")
-    _sync(root)
+    sync(root)
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:
@@ -250,14 +251,6 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write checkpoint {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

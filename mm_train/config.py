@@ -2,16 +2,15 @@
 
     cfg = load(["configs/model/tiny.yaml", "configs/stage/tiny/pretrain.yaml"], ["optim.lr=3e-4"])
 
-Files merge left to right, overrides (`key.sub=value`) come last, then everything is typed and validated before
-anything is built. Model files own `model.*`, stage files everything else, launch scripts only `parallel.*` and names.
-`model` uses the key names of the released checkpoints' config.json, so one vocabulary serves both.
+Files merge left to right, overrides (`key.sub=value`) come last, then everything is typed and checked (rules.py)
+before anything is built. Model files own `model.*`, stage files everything else, launch scripts only `parallel.*` and
+names. `model` uses the key names of the released checkpoints' config.json, so one vocabulary serves both.
 """
 
 import contextlib
 import difflib
-import math
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mm_train.cli import UserError
+from mm_train.rules import validate
 
 
 @dataclass
@@ -35,19 +35,25 @@ class RopeScaling:
 
 @dataclass
 class Model:
-    """Shape of the network (arXiv 2605.27358). Names and meanings are those of the release's config.json."""
+    """Shape of the network (arXiv 2605.27358). Names and meanings are those of the release's config.json.
+
+    The networks that the paper compares with are values of the same keys: `num_local_experts` 0 is a dense network,
+    `intermediate_size_mlp` 0 has no shared expert, few wide experts are coarse ones, and `scoring_func` chooses the
+    router. configs/model/ has one file for each.
+    """
 
     name: str = "unnamed"
     vocab_size: int = 4096
     hidden_size: int = 128
     intermediate_size: int = 64  # hidden width of one routed expert
-    intermediate_size_mlp: int = 256  # hidden width of the shared expert
+    intermediate_size_mlp: int = 256  # hidden width of the shared expert (0: none), or of a dense network's MLP
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
-    num_local_experts: int = 16  # routed experts of a layer over all ranks (the release's name for it)
+    num_local_experts: int = 16  # routed experts of a layer over all ranks (the release's name for it); 0: dense
     num_experts_per_tok: int = 4
+    scoring_func: str = "sigmoid"  # sigmoid (MobileMoE) | softmax, over all experts; not in the release's config.json
     routed_scaling_factor: float = 2.5
     norm_topk_prob: bool = True
     rms_norm_eps: float = 1e-5
@@ -174,22 +180,13 @@ class Config:
         return self.train.global_batch_tokens // (micro_tokens * world)
 
 
-CHOICES = {
-    "train.dtype": ("float32", "bfloat16"),
-    "optim.schedule": ("cosine", "linear", "constant"),
-    "moe.dispatch": ("dropless", "drop_and_pad"),
-    "quant.expert_group_axis": ("out", "in"),
-    "parallel.engine": ("auto", "deepspeed", "plain"),
-    "parallel.zero_stage": (1, 2),
-    "log.wandb": ("auto", "online", "offline", "disabled"),
-}
-
-
-def load(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Config:
-    """Merge YAML `files` left to right, then `key.sub=value` overrides; return a typed, validated Config.
+def load(
+    files: Sequence[str | Path], overrides: Iterable[str] = (), check: Callable[[Config], None] = validate
+) -> Config:
+    """Merge YAML `files` left to right, then `key.sub=value` overrides; return a typed Config that passed `check`.
 
     Raises UserError for a missing or unreadable file, an unknown key (with the nearest known one), a value of the
-    wrong type, and every violated rule of `validate`.
+    wrong type, and every violated rule of `check`.
     """
     merged = OmegaConf.structured(Config)
     for path in map(Path, files):
@@ -209,7 +206,7 @@ def load(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Config:
             raise UserError(f"override {override!r} is not readable: {str(error).splitlines()[0]}") from None
         merged = _merge(merged, layer, f"override {override!r}")
     config = _typed(merged, "config")
-    validate(config)
+    check(config)
     return config
 
 
@@ -281,95 +278,3 @@ def refuse_unknown(values: Any, cls: type, prefix: str, origin: str) -> None:
                 refuse_unknown(item, typing.cast(type, inner), f"{prefix}{key}.{name}.", origin)
         else:
             refuse_unknown(value, typing.cast(type, inner), f"{prefix}{key}.", origin)
-
-
-def validate(config: Config) -> None:
-    """Check every rule that needs no files and no processes. Raises UserError that names keys and values."""
-    model, data, train, optim = config.model, config.data, config.train, config.optim
-    for path, allowed in CHOICES.items():
-        section, key = path.split(".")
-        value = getattr(getattr(config, section), key)
-        if value not in allowed:
-            raise UserError(f"{path} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
-
-    for section, keys in _POSITIVE.items():
-        for key in keys:
-            _require(getattr(getattr(config, section), key) > 0, f"{section}.{key}", config, "must be above 0")
-    for section, keys in _NOT_NEGATIVE.items():
-        for key in keys:
-            _require(getattr(getattr(config, section), key) >= 0, f"{section}.{key}", config, "must not be negative")
-
-    experts, top_k, ep = model.num_local_experts, model.num_experts_per_tok, config.parallel.expert_parallel
-    rules = [
-        (experts % ep == 0, f"parallel.expert_parallel ({ep}) must divide model.num_local_experts ({experts})"),
-        (top_k <= experts, f"model.num_experts_per_tok ({top_k}) must not exceed num_local_experts ({experts})"),
-        (
-            model.num_attention_heads % model.num_key_value_heads == 0,
-            f"model.num_key_value_heads ({model.num_key_value_heads}) must divide num_attention_heads"
-            f" ({model.num_attention_heads})",
-        ),
-        (model.head_dim % 2 == 0, f"model.head_dim ({model.head_dim}) must be even: RoPE turns pairs"),
-        (
-            data.seq_len <= model.max_position_embeddings,
-            f"data.seq_len ({data.seq_len}) must not exceed model.max_position_embeddings"
-            f" ({model.max_position_embeddings})",
-        ),
-        (bool(data.mixture), "data.mixture is empty: name at least one source and its weight"),
-        (
-            all(0 <= w < math.inf for w in data.mixture.values()),
-            f"data.mixture has a negative or infinite weight: {data.mixture}",
-        ),
-        (train.seed < 2**31, f"train.seed ({train.seed}) must be below 2^31"),
-        (sum(data.mixture.values()) > 0, f"data.mixture weights sum to 0: {data.mixture}"),
-        (0 <= optim.min_lr_ratio <= 1, f"optim.min_lr_ratio ({optim.min_lr_ratio}) must lie in 0..1"),
-        (all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas} must lie in [0, 1)"),
-        (bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"),
-        (bool(data.path), "data.path is empty: name a data set folder written by data_prep"),
-        (
-            train.tokens >= train.global_batch_tokens,
-            f"train.tokens ({train.tokens}) is less than one batch, train.global_batch_tokens"
-            f" ({train.global_batch_tokens})",
-        ),
-        (
-            optim.warmup_steps < config.total_steps,
-            f"optim.warmup_steps ({optim.warmup_steps}) must be below the stage's {config.total_steps} steps"
-            f" (train.tokens / train.global_batch_tokens)",
-        ),
-    ]
-    widths = {name: getattr(model, name) for name in ("hidden_size", "intermediate_size", "intermediate_size_mlp")}
-    widths["num_attention_heads * head_dim"] = model.num_attention_heads * model.head_dim
-    for name, width in widths.items():  # 32 is the int4 group
-        rules.append((width % 32 == 0, f"model.{name} ({width}) must be a multiple of 32"))
-    if model.rope_scaling is not None:
-        scaling = model.rope_scaling
-        rules += [
-            (scaling.rope_type == "llama3", f"model.rope_scaling.rope_type ({scaling.rope_type}) must be llama3"),
-            (scaling.factor > 0, f"model.rope_scaling.factor ({scaling.factor}) must be above 0"),
-        ]
-    for ok, message in rules:
-        if not ok:
-            raise UserError(message)
-    config.micro_steps(ep)
-
-
-_POSITIVE = {
-    "model": [f.name for f in fields(Model) if f.type in (int, float)],
-    "data": ["seq_len"],
-    "train": ["tokens", "global_batch_tokens", "micro_batch_size"],
-    "optim": ["lr", "eps"],
-    "moe": ["capacity_factor"],
-    "parallel": ["expert_parallel"],
-    "checkpoint": ["every", "keep"],
-    "log": ["every"],
-}
-_NOT_NEGATIVE = {
-    "train": ["seed", "validate_every", "validation_tokens"],
-    "optim": ["warmup_steps", "weight_decay", "clip_grad_norm"],
-    "moe": ["bias_update_rate", "z_loss_weight"],
-}
-
-
-def _require(ok: bool, path: str, config: Config, rule: str) -> None:
-    if not ok:
-        section, key = path.split(".")
-        raise UserError(f"{path} is {getattr(getattr(config, section), key)}; it {rule}")

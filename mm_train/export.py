@@ -9,18 +9,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_train import checkpoint, config
+from mm_train import checkpoint, config, model_card
 from mm_train.cli import UserError, command
-from mm_train.release import find_tokenizer, load_model, save_release
+from mm_train.model_folder import find_tokenizer, load_model
+from mm_train.release import save_release
 from mm_train.tokenizer import load_tokenizer
 
 QUANTISATION_AWARE, POST_TRAINING = "quantisation-aware training", "post-training quantisation"
 
 
-def export(source: Path, out: Path, format: str) -> tuple[Path, str]:
-    """Write the newest checkpoint of `source` (a run or checkpoint folder) to `out`.
+def export(source: Path, out: Path, format: str, license: str | None = None) -> tuple[list[Path], str]:
+    """Write the newest checkpoint of `source` (a run or checkpoint folder) to `out`; `license` is that of the weights.
 
-    Returns the weight file and how its numbers came about.
+    Returns the weight files and how its numbers came about.
 
     From quantisation-aware training the int4 codes and scales are those that training computed with: the same
     function quantises the same float32 weights. From any other checkpoint it is post-training quantisation.
@@ -38,6 +39,8 @@ def export(source: Path, out: Path, format: str) -> tuple[Path, str]:
     tokenizer = load_tokenizer(find_tokenizer(source))
     quantisation = how(cfg, format)
     facts = {"stage": cfg.run.stage, "step": manifest["step"], "quantisation": quantisation}
+    facts |= {"license": license} if license else {}
+    facts |= model_card.run_facts(source)
     return save_release(load_model(folder), out, format, tokenizer, **facts), quantisation
 
 
@@ -52,14 +55,16 @@ def how(cfg: config.Config, format: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mm_train.export",
-        description="Write a checkpoint as a release folder: config.json, model.safetensors, tokenizer.",
+        description="Write a checkpoint as a release folder: weights, config, tokenizer, model card, code for others.",
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="run or checkpoint folder")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--format", default="int4", choices=("int4", "bf16"), help="default: %(default)s")
+    parser.add_argument("--license", help="of the weights, as the model card shall name it, e.g. apache-2.0")
     args = parser.parse_args(argv)
-    file, quantisation = export(args.checkpoint, args.out, args.format)
-    print(f"{args.format} release: {file} ({file.stat().st_size:,} bytes)")
+    files, quantisation = export(args.checkpoint, args.out, args.format, args.license)
+    size = sum(file.stat().st_size for file in files)
+    print(f"{args.format} release: {', '.join(map(str, files))} ({size:,} bytes)")
     if quantisation == POST_TRAINING:
         print(
             "note: this checkpoint is not from quantisation-aware training; its weights were quantised after training"

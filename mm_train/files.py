@@ -24,8 +24,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 def publish(temporary: Path, path: Path) -> None:
     """Rename a finished, fsynced file to its final name in the same folder, and make the rename survive a crash."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

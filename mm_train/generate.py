@@ -1,65 +1,191 @@
-"""Let a model write: continuations of text, or answers in the chat format.
+"""Let a model write: continue prompts, or hold a conversation.
 
 python -m mm_train.generate --model runs/quickstart/export --prompt "import os"
-python -m mm_train.generate --model runs/quickstart/export --chat --prompt "What does textwrap.dedent do?"
+python -m mm_train.generate --model runs/quickstart/export --chat
 """
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from mm_train.cli import UserError, command
 from mm_train.files import write_atomic
+from mm_train.kv_cache import KVCache
 from mm_train.model import MobileMoE
-from mm_train.release import find_tokenizer, load_model
+from mm_train.model_folder import find_tokenizer, load_model
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 
+NUCLEUS = 1024  # likeliest tokens looked at first: sorting a whole vocabulary costs more than a layer
 
-@torch.no_grad()
+
+@torch.inference_mode()
 def generate(
     model: MobileMoE,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    *,
     stop_ids: Sequence[int] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-) -> Iterator[int]:
-    """Yield new token ids until a stop id (not yielded), `max_new_tokens`, or the end of the context.
+    cache: KVCache | None = None,
+) -> Iterator[dict[int, int]]:
+    """Write on from several prompts at once. Each step yields {number of the prompt: its next token id}.
 
-    `temperature` 0 takes the likeliest token; otherwise sampling is from the smallest set of tokens whose
-    probability reaches `top_p`. Every token recomputes its whole context: there is no key-value cache yet.
+    A row ends at a stop id (not yielded), after `max_new_tokens`, or at the end of the context; what it writes does not
+    depend on the other rows, which are padded on the left. `temperature` 0 takes the likeliest token; otherwise
+    sampling is from the smallest set of tokens whose probability reaches `top_p`, with one random stream a row.
+    `cache` (one prompt only) holds keys and values of the prompt's beginning, of fewer tokens than the prompt; it is
+    filled further. Raises UserError for an empty prompt and for one that fills the context.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt)
-    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
-        tokens_BT = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
-        logits_V = model.logits(model.hidden(tokens_BT)[0, -1]).float().cpu()
-        if temperature == 0:
-            token = int(logits_V.argmax())
-        else:
-            probs_V, order_V = torch.softmax(logits_V / temperature, -1).sort(descending=True)
-            probs_V[probs_V.cumsum(0) - probs_V >= top_p] = 0
-            token = int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
-        if token in stop_ids:
+    context = model.config.max_position_embeddings
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise UserError(f"the prompt has {len(prompt)} tokens; it needs one, and the context holds {context}")
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    budgets = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    if cache is None:
+        cache = model.new_cache(len(prompts), longest + max(budgets), padding)
+    device = model.model.embed_tokens.weight.device
+    pick = _picker(temperature, top_p, [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))])
+    padded = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+    tokens_BT = torch.tensor([row[cache.length :] for row in padded], device=device)
+    rows = list(range(len(prompts)))  # which prompts are still being written; their rows in the cache
+    for step in range(1, max(budgets) + 1):
+        logits_BV = model.logits(model.hidden(tokens_BT, cache)[:, -1])
+        tokens = pick(logits_BV, rows)
+        written = {row: token for row, token in zip(rows, tokens, strict=True) if token not in stop_ids}
+        if written:
+            yield written
+        going = [i for i, row in enumerate(rows) if row in written and step < budgets[row]]
+        if not going:
             return
-        ids.append(token)
-        yield token
+        if len(going) < len(rows):
+            cache.keep_rows(going)
+            rows = [rows[i] for i in going]
+        tokens_BT = torch.tensor([[written[row]] for row in rows], device=device)
 
 
-def write(model: MobileMoE, tokenizer: Tokenizer, prompt: str, chat: bool, **options) -> str:
-    """Text that the model writes after `prompt` (or answers to it, with `chat`)."""
-    if chat:
-        ids, _ = tokenizer.render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    else:
-        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    if len(ids) >= model.config.max_position_embeddings:
-        raise UserError(f"the prompt has {len(ids)} tokens; the context holds {model.config.max_position_embeddings}")
-    return tokenizer.decode(list(generate(model, ids, stop_ids=tokenizer.stop_ids, **options)))
+def _picker(
+    temperature: float, top_p: float, generators: list[torch.Generator]
+) -> Callable[[Tensor, list[int]], list[int]]:
+    """A function from logits_BV and the numbers of their rows to one token a row."""
+
+    def sample(logits_V: Tensor, generator: torch.Generator) -> int:
+        probs_V = torch.softmax(logits_V / temperature, -1)
+        if top_p >= 1:
+            return int(torch.multinomial(probs_V, 1, generator=generator))
+        best, ids = probs_V.topk(min(NUCLEUS, len(probs_V)))
+        if float(best.sum()) < top_p:
+            best, ids = probs_V.sort(descending=True)
+        outside = best.cumsum(0) - best >= top_p  # never the likeliest
+        return int(ids[torch.multinomial(best.masked_fill(outside, 0), 1, generator=generator)])
+
+    def pick(logits_BV: Tensor, rows: list[int]) -> list[int]:
+        if temperature == 0:
+            return logits_BV.argmax(-1).tolist()
+        return [sample(logits, generators[row]) for logits, row in zip(logits_BV.float().cpu(), rows, strict=True)]
+
+    return pick
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool, system: str | None = None) -> list[int]:
+    """Ids of a text to continue, or of a first question in the chat format."""
+    if not chat:
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    messages = [{"role": "system", "content": system}] if system else []
+    return tokenizer.render_chat([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)[0]
+
+
+class Writer:
+    """A model and its tokenizer with the options of one call, telling on stderr how long each answer took."""
+
+    def __init__(self, model: MobileMoE, tokenizer: Tokenizer, **options) -> None:
+        """`options`: max_new_tokens, temperature, top_p and seed of `generate`."""
+        self.model, self.tokenizer = model, tokenizer
+        self.options = {"stop_ids": tokenizer.stop_ids, **options}
+
+    def stream(self, ids: list[int], cache: KVCache | None = None) -> list[int]:
+        """Write on from `ids`, printing as soon as there are whole characters; returns the new ids."""
+        reused = cache.length if cache else 0
+        decode, shown = self.tokenizer.decode_stream(), ""
+        new: list[int] = []
+        begun = first = time.perf_counter()
+        for written in generate(self.model, [ids], cache=cache, **self.options):
+            if not new:
+                first = time.perf_counter()
+            new.append(written[0])
+            piece = decode(written[0])
+            shown += piece
+            print(piece, end="", flush=True)
+        decoding = time.perf_counter() - first
+        print(self.tokenizer.decode(new).removeprefix(shown))  # the beginning of a character that never came to its end
+        speed = f", {len(new)} written at {(len(new) - 1) / decoding:.1f} tokens/s" if len(new) > 1 else ""
+        tell(f"{len(ids) - reused} tokens read in {first - begun:.2f} s{speed}")
+        return new
+
+    def batch(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Write on from several prompts at once, under a progress bar; returns the new ids of each."""
+        new: list[list[int]] = [[] for _ in prompts]
+        begun = time.perf_counter()
+        steps = generate(self.model, prompts, **self.options)
+        for written in tqdm(steps, total=self.options["max_new_tokens"], unit="token", disable=None, leave=False):
+            for row, token in written.items():
+                new[row].append(token)
+        read, total, seconds = sum(map(len, prompts)), sum(map(len, new)), time.perf_counter() - begun
+        tell(f"{read} tokens read, {total} written in {seconds:.2f} s: {total / seconds:.1f} tokens/s")
+        return new
+
+    def converse(self, system: str | None) -> None:
+        """Answer the lines of stdin until it ends; only what is new of the conversation is computed."""
+        tell("/reset begins anew, /quit or Ctrl-D ends")
+        opening = [{"role": "system", "content": system}] if system else []
+        messages = list(opening)
+        seen: list[int] = []  # ids whose keys and values are in the cache
+        cache = self.model.new_cache(1, self.model.config.max_position_embeddings)
+        while (line := read_line()) is not None and line != "/quit":
+            if line == "/reset":
+                messages = list(opening)
+            if not line or line == "/reset":
+                continue
+            turn = [*messages, {"role": "user", "content": line}]
+            ids, _ = self.tokenizer.render_chat(turn, add_generation_prompt=True)
+            cache.rewind(min(len(common_beginning(ids, seen)), len(ids) - 1))
+            try:
+                new = self.stream(ids, cache)
+            except UserError as error:
+                tell(f"error: {error}: /reset, or say less")
+                continue
+            seen = [*ids, *new][: cache.length]
+            messages = [*turn, {"role": "assistant", "content": self.tokenizer.decode(new)}]
+
+
+def common_beginning(first: list[int], second: list[int]) -> list[int]:
+    """The ids with which both begin."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return [a for a, _ in pairs]
+
+
+def read_line() -> str | None:
+    """The next line of stdin, with a prompt on a terminal; None at its end."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def tell(text: str) -> None:
+    """A remark that is not part of what the model writes."""
+    print(f"[{text}]", file=sys.stderr, flush=True)
 
 
 def read_samples(path: Path) -> list[dict[str, str]]:
@@ -74,12 +200,16 @@ def read_samples(path: Path) -> list[dict[str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mm_train.generate", description="Let a model write.")
     parser.add_argument("--model", required=True, type=Path, help="release, run or checkpoint folder")
-    parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be repeated")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the chat format")
+    parser.add_argument("--prompt", action="append", help="text to continue; may be repeated: one batch")
+    parser.add_argument("--chat", action="store_true", help="chat format; without --prompt a conversation over stdin")
+    parser.add_argument("--system", help="system message of a chat")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: %(default)s)"
+    )
     parser.add_argument("--append-to", type=Path, help="also append prompt and text to this JSON file")
     args = parser.parse_args(argv)
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
@@ -87,23 +217,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--temperature {args.temperature} must not be negative, --top-p {args.top_p} must lie in (0, 1] and"
             f" --max-new-tokens {args.max_new_tokens} must be at least 1"
         )
-    model = load_model(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    if not args.prompt and not args.chat:
+        raise UserError("nothing to write about: give --prompt TEXT, or --chat for a conversation")
+    if args.system and not args.chat:
+        raise UserError("--system is a part of the chat format: add --chat")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(find_tokenizer(args.model))
     samples = read_samples(args.append_to) if args.append_to else []
-    for prompt in args.prompt:
-        text = write(
-            model,
-            tokenizer,
-            prompt,
-            args.chat,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-        )
-        print(f"--- {prompt}\n{text}\n")
-        samples.append({"prompt": prompt, "text": text, "kind": "chat" if args.chat else "continuation"})
+    writer = Writer(
+        load_model(args.model, getattr(torch, args.dtype), device),
+        tokenizer,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    if not args.prompt:
+        writer.converse(args.system)
+        return 0
+    prompts = [encode_prompt(tokenizer, prompt, args.chat, args.system) for prompt in args.prompt]
+    if len(prompts) == 1:
+        print(f"--- {args.prompt[0]}")
+        texts = [tokenizer.decode(writer.stream(prompts[0]))]
+    else:
+        texts = [tokenizer.decode(ids) for ids in writer.batch(prompts)]
+        for prompt, text in zip(args.prompt, texts, strict=True):
+            print(f"--- {prompt}\n{text}\n")
     if args.append_to:
+        kind = "chat" if args.chat else "continuation"
+        samples += [{"prompt": p, "text": t, "kind": kind} for p, t in zip(args.prompt, texts, strict=True)]
         try:
             write_atomic(args.append_to, json.dumps(samples, indent=1, ensure_ascii=False).encode())
         except OSError as error:

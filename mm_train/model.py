@@ -1,22 +1,30 @@
 """The MobileMoE network on one device (arXiv 2605.27358). Module names are the released checkpoints' tensor names.
 
 Shape suffixes: B batch rows, T tokens of a row, N = B * T, D model width, H query heads, G key-value heads, C head
-width, V vocabulary, L layers, E experts. Parameters are float32; activations run in `compute_dtype`, norms and router
-in float32. No parallel code: mm_train.parallel changes a finished model from outside.
+width, V vocabulary, L layers, E experts, S columns that attention sees. Parameters are float32 (a loaded release may
+keep its matrices in 16 bits); activations run in `compute_dtype`, norms and router in float32. No parallel code:
+mm_train.parallel changes a finished model from outside.
 """
 
+import functools
 import math
 import zlib
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.linear import linear
 from mm_train import config
-from mm_train.moe import MoELayer, RouterStats
+from mm_train.kv_cache import KVCache
+from mm_train.moe import MLP, MoELayer, RouterStats
 from mm_train.quant import Embedding, Linear
+
+# New keys and values [B, G, T, C] -> all that can be seen [B, G, S, C].
+Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Losses(NamedTuple):
@@ -43,8 +51,8 @@ class RMSNorm(nn.Module):
 def rope_frequencies(model: config.Model) -> Tensor:
     """Radians a position for each of the head_dim / 2 pairs, float32.
 
-    Llama-3 scaling with equal factors is a switch: wavelengths above original_max_position_embeddings / factor are
-    slowed by `factor`. With unequal factors the band between them is interpolated as Llama 3.1 does.
+    Llama-3 scaling with equal factors is a switch: wavelengths above original_max_position_embeddings /
+    low_freq_factor are slowed by `factor`. With unequal factors the band between is interpolated as Llama 3.1 does.
     """
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
     frequencies = 1.0 / model.rope_theta**exponents
@@ -58,16 +66,15 @@ def rope_frequencies(model: config.Model) -> Tensor:
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_table(model: config.Model, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, [T, C / 2], float32."""
-    positions = torch.arange(length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, rope_frequencies(model).to(device))
+def rope_table(model: config.Model, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin at `positions` [T] or [B, T]: [..., 1, C / 2], float32."""
+    angles = positions[..., None, None].float() * rope_frequencies(model).to(positions.device)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x_BTHC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn adjacent pairs (x[2i], x[2i+1]) by position * frequency_i, in float32."""
-    cos, sin = (t[:, None, :] for t in rope)
+    cos, sin = rope
     even, odd = x_BTHC.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHC.dtype)
 
@@ -78,14 +85,20 @@ class Attention(nn.Module):
     def __init__(self, model: config.Model) -> None:
         super().__init__()
         self.model = model
+        self.group = model.num_attention_heads // model.num_key_value_heads
         width, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
         self.q_proj = Linear(width, heads * model.head_dim)
         self.k_proj = Linear(width, kv_heads * model.head_dim)
         self.v_proj = Linear(width, kv_heads * model.head_dim)
         self.o_proj = Linear(heads * model.head_dim, width)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTT: Tensor | None) -> Tensor:
-        """`mask_BTT` is True where a query may look (causal included); None: plain causal."""
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTS: Tensor | None, append: Append | None = None
+    ) -> Tensor:
+        """`mask_BTS` is True where a query may look (causal included); None: plain causal.
+
+        `append` takes the new keys and values and returns all that can be seen (mm_train.kv_cache).
+        """
         head_dim, eps = self.model.head_dim, self.model.rms_norm_eps
         q_BTHC, k_BTGC, v_BTGC = (
             proj(x_BTD).unflatten(-1, (-1, head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -93,33 +106,44 @@ class Attention(nn.Module):
         q_BTHC, k_BTGC = (
             apply_rope(F.rms_norm(t.float(), (head_dim,), eps=eps).to(t.dtype), rope) for t in (q_BTHC, k_BTGC)
         )
-        group = self.model.num_attention_heads // self.model.num_key_value_heads
-        k_BTHC, v_BTHC = (t.repeat_interleave(group, dim=2) for t in (k_BTGC, v_BTGC))
+        q_BHTC, k_BGSC, v_BGSC = (t.transpose(1, 2) for t in (q_BTHC, k_BTGC, v_BTGC))
+        if append is None:
+            # CUDA's fused attention takes grouped heads without a mask only.
+            k_BGSC, v_BGSC = (t.repeat_interleave(self.group, dim=1) for t in (k_BGSC, v_BGSC))
+        else:
+            k_BGSC, v_BGSC = append(k_BGSC, v_BGSC)  # memory-bound: no copies of the cache
         out_BHTC = F.scaled_dot_product_attention(
-            q_BTHC.transpose(1, 2),
-            k_BTHC.transpose(1, 2),
-            v_BTHC.transpose(1, 2),
-            attn_mask=None if mask_BTT is None else mask_BTT[:, None],
-            is_causal=mask_BTT is None,
+            q_BHTC,
+            k_BGSC,
+            v_BGSC,
+            attn_mask=None if mask_BTS is None else mask_BTS[:, None],
+            is_causal=mask_BTS is None and q_BHTC.shape[2] > 1,
+            enable_gqa=append is not None,
         )
         return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
-    """Pre-norm attention, then pre-norm mixture of experts."""
+    """Pre-norm attention, then pre-norm mixture of experts (or the MLP of a dense network)."""
+
+    feed_forward: MoELayer | MLP
 
     def __init__(self, model: config.Model) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
         self.self_attn = Attention(model)
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
-        self.feed_forward = MoELayer(model)
+        self.feed_forward = MoELayer(model) if model.num_local_experts else MLP(model)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTT: Tensor | None
-    ) -> tuple[Tensor, RouterStats]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask_BTT)
-        y_ND, stats = self.feed_forward(self.post_attention_layernorm(x_BTD).flatten(0, 1))
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTS: Tensor | None, append: Append | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask_BTS, append)
+        h_ND, stats = self.post_attention_layernorm(x_BTD).flatten(0, 1), None
+        if isinstance(self.feed_forward, MoELayer):
+            y_ND, stats = (self.feed_forward.infer(h_ND), None) if append else self.feed_forward(h_ND)
+        else:
+            y_ND = self.feed_forward(h_ND)
         return x_BTD + y_ND.view_as(x_BTD), stats
 
 
@@ -139,6 +163,7 @@ class MobileMoE(nn.Module):
     def __init__(self, model: config.Model, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = model
+        self.int4_scales: dict[str, Tensor] = {}  # of the int4 release these weights are from: saving keeps its codes
         self.compute_dtype = compute_dtype
         self.model = Backbone(model)
 
@@ -158,41 +183,59 @@ class MobileMoE(nn.Module):
         table_VD = self.model.embed_tokens.table()
         hidden_BTD, stats = self._backbone(tokens_BT, document_BT, table_VD)
         hidden_ND = self.model.embed_tokens.head_input(hidden_BTD).flatten(0, 1)
-        weight_VD = table_VD.to(hidden_ND.dtype)
+        cross_entropy_sum = linear_cross_entropy(hidden_ND, table_VD.to(hidden_ND.dtype), labels_BT.flatten())
+        if not stats:  # a dense network
+            none = cross_entropy_sum.new_zeros(0)
+            return Losses(cross_entropy_sum, none.sum(), none.view(0, 0), none)
         return Losses(
-            linear_cross_entropy(hidden_ND, weight_VD, labels_BT.flatten()),
+            cross_entropy_sum,
             torch.stack([s.z_loss_sum for s in stats]).sum(),
             torch.stack([s.counts_E for s in stats]),
             torch.stack([s.dropped for s in stats]),
         )
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Final hidden states [B, T, D], after the last norm."""
-        return self._backbone(tokens_BT, None, self.model.embed_tokens.table())[0]
+    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states [B, T, D], after the last norm. With `cache`, the tokens continue what is in it."""
+        return self._backbone(tokens_BT, None, self.model.embed_tokens.table(), cache)[0]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The head alone: [..., D] -> [..., V], for the positions a caller needs."""
         embedding = self.model.embed_tokens
-        return F.linear(embedding.head_input(hidden_ND), embedding.table().to(hidden_ND.dtype))
+        return linear(embedding.head_input(hidden_ND), embedding.table())
+
+    def new_cache(self, rows: int, capacity: int, padding: list[int] | None = None) -> KVCache:
+        """An empty key-value cache on this model's device; `padding`: columns of left padding of each row."""
+        device = self.model.embed_tokens.weight.device
+        return KVCache(self.config, rows, capacity, self.compute_dtype, device, padding)
 
     def _backbone(
-        self, tokens_BT: Tensor, document_BT: Tensor | None, table_VD: Tensor
+        self, tokens_BT: Tensor, document_BT: Tensor | None, table_VD: Tensor, cache: KVCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         x_BTD = F.embedding(tokens_BT, table_VD).to(self.compute_dtype)
-        # Rotation is relative, so positions need not restart at a document's start.
-        rope = rope_table(self.config, tokens_BT.shape[1], tokens_BT.device)
-        mask_BTT = None
+        columns, device = tokens_BT.shape[1], tokens_BT.device
+        mask_BTS = None
+        if cache is not None:
+            positions, mask_BTS = cache.positions(columns, device), cache.mask(columns, device)
+        else:
+            # Rotation is relative, so positions need not restart at a document's start.
+            positions = torch.arange(columns, device=device)
         if document_BT is not None:
-            mask_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
+            mask_BTS = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
+        rope = rope_table(self.config, positions)
         all_stats = []
-        for layer in self.model.layers:
-            x_BTD, stats = layer(x_BTD, rope, mask_BTT)
-            all_stats.append(stats)
+        for index, layer in enumerate(self.model.layers):
+            append = None if cache is None else functools.partial(cache.append, index)
+            x_BTD, stats = layer(x_BTD, rope, mask_BTS, append)
+            if stats is not None:
+                all_stats.append(stats)
+        if cache is not None:
+            cache.advance(columns)
         return self.model.norm(x_BTD), all_stats
 
     def moe_layers(self) -> list[MoELayer]:
-        """The mixture layers, first to last."""
-        return [cast(MoELayer, layer.feed_forward) for layer in self.model.layers]
+        """The mixture layers, first to last; none in a dense network."""
+        layers = (layer.feed_forward for layer in self.model.layers)
+        return [layer for layer in layers if isinstance(layer, MoELayer)]
 
     def init_weights(self, seed: int) -> None:
         """Normal(0, initializer_range); projections into the residual stream shrunk by sqrt(2 L) (ours, GPT-2 style).

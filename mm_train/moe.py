@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.experts import experts
+from kernels.experts import experts, experts_of_few_tokens
+from kernels.linear import FEW_ROWS
 from kernels.router import route, z_loss_sum
 from mm_train import config
 from mm_train.dispatch import Dispatcher
@@ -55,8 +56,8 @@ class Experts(nn.Module):
         return self.fake_quant.experts(x_RD, self.gate_up_proj, self.down_proj, counts_E)
 
 
-class SharedExpert(nn.Module):
-    """The SwiGLU MLP that every token passes."""
+class MLP(nn.Module):
+    """The SwiGLU MLP that every token passes: the shared expert, or all of a dense network's feed-forward."""
 
     def __init__(self, model: config.Model) -> None:
         super().__init__()
@@ -69,7 +70,10 @@ class SharedExpert(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Routed experts plus shared expert. Drops tokens only in training and only if its dispatcher has a capacity."""
+    """Routed experts plus shared expert, if the network has one.
+
+    Drops tokens only in training and only if its dispatcher has a capacity.
+    """
 
     expert_bias: Tensor
 
@@ -78,21 +82,39 @@ class MoELayer(nn.Module):
         self.model = model
         self.router = Router(model)
         self.experts = Experts(model)
-        self.shared_expert = SharedExpert(model)
+        self.shared_expert = MLP(model) if model.intermediate_size_mlp else None
         self.register_buffer("expert_bias", torch.zeros(model.num_local_experts))
         self.dispatcher = Dispatcher(model.num_local_experts)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStats]:
         logits_TE = self.router(x_TD)
-        ids_TK, weights_TK = route(
-            logits_TE,
-            self.expert_bias.float(),
-            self.model.num_experts_per_tok,
-            self.model.routed_scaling_factor,
-            self.model.norm_topk_prob,
-        )
+        ids_TK, weights_TK = self._route(logits_TE)
         counts_E = torch.bincount(ids_TK.flatten(), minlength=self.model.num_local_experts)
         x_RD, local_counts, record = self.dispatcher.dispatch(x_TD, ids_TK, counts_E, dropless=not self.training)
         y_TD = self.dispatcher.combine(self.experts(x_RD, local_counts), weights_TK, record)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
         dropped = (record.plan.row_TK == record.plan.slot_R.numel()).sum()
-        return y_TD + self.shared_expert(x_TD), RouterStats(counts_E, dropped, z_loss_sum(logits_TE))
+        return y_TD, RouterStats(counts_E, dropped, z_loss_sum(logits_TE))
+
+    def infer(self, x_TD: Tensor) -> Tensor:
+        """The layer without statistics: y_TD of the next tokens of a generation."""
+        slots = x_TD.shape[0] * self.model.num_experts_per_tok
+        if x_TD.device.type != "cpu" or slots > FEW_ROWS or self.experts.fake_quant is not None:
+            return self(x_TD)[0]
+        ids_TK, weights_TK = self._route(self.router(x_TD))
+        narrow_TD = x_TD.to(self.experts.down_proj.dtype)  # as kernels.linear would, once for all
+        y_TD = experts_of_few_tokens(narrow_TD, ids_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj)
+        return y_TD if self.shared_expert is None else y_TD + self.shared_expert(narrow_TD)
+
+    def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """ids_TK and weights_TK."""
+        shape = self.model
+        return route(
+            logits_TE,
+            self.expert_bias.float(),
+            shape.num_experts_per_tok,
+            shape.routed_scaling_factor,
+            shape.norm_topk_prob,
+            shape.scoring_func,
+        )

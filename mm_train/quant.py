@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.experts import experts
+from kernels.linear import linear
 from mm_train import config
 from mm_train.cli import UserError
+from mm_train.rules import INT4_GROUP
 
-GROUP = 32
+GROUP = INT4_GROUP
 QMIN, QMAX = -8, 7
 
 
@@ -47,6 +49,13 @@ def dequantise(codes: Tensor, scales: Tensor, axis: int = -1) -> Tensor:
     return _ungrouped(groups, axis).contiguous()
 
 
+def codes_of(weight: Tensor, scales: Tensor, axis: int = -1) -> Tensor | None:
+    """int8 codes with which `dequantise` gives exactly `weight`; None when it is not such a product of `scales`."""
+    codes = dequantise(weight, scales.float().reciprocal().masked_fill_(scales == 0, 0.0), axis).round_()
+    codes = codes.clamp_(QMIN, QMAX).to(torch.int8)
+    return codes if torch.equal(dequantise(codes, scales, axis), weight.float()) else None
+
+
 def fake_quantise(weight: Tensor, axis: int = -1) -> Tensor:
     """dequantise(quantise(weight)) in the dtype of `weight`, with a straight-through gradient."""
     return _FakeQuantise.apply(weight, axis)
@@ -60,8 +69,8 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """Inverse of `pack`."""
-    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2).to(torch.int8)
-    return torch.where(nibbles > QMAX, nibbles - 16, nibbles)
+    both = packed.view(torch.int8)  # shifting a signed byte right keeps the sign
+    return torch.stack([(both << 4) >> 4, both >> 4], dim=-1).flatten(-2)
 
 
 def fake_quantise_activations(x: Tensor) -> Tensor:
@@ -139,7 +148,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fake_quant is None:
-            return F.linear(x, self.weight.to(x.dtype))
+            return linear(x, self.weight)
         return F.linear(self.fake_quant.input(x), fake_quantise(self.weight).to(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Release folders: config.json + model.safetensors in bf16 or mobilemoe-int4-g32, in the released checkpoints' layout.
+"""Release folders, as the published checkpoints have them: written from a model, and read into one.
 
 save_release(model, "out/", format="int4", tokenizer=load_tokenizer("data/quickstart"))
 model = load_release("out/")
@@ -7,71 +7,75 @@ model = load_release("out/")
 import json
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from mm_train import checkpoint, config
+from mm_train import config, hf, inventory, model_card, release_format
 from mm_train.cli import UserError
-from mm_train.files import publish
+from mm_train.files import publish, sync
 from mm_train.model import MobileMoE
-from mm_train.quant import GROUP, QMAX, QMIN, FakeQuant, dequantise, enable_fake_quant, pack, quantise, unpack
-from mm_train.tokenizer import Tokenizer, load_tokenizer
+from mm_train.quant import codes_of, dequantise, pack, quantise, unpack
+from mm_train.release_files import WeightFiles, read_json
+from mm_train.release_format import FORMATS, INDEX, MARK, METADATA, WEIGHTS, Stored, stored_tensors
+from mm_train.tokenizer import Tokenizer
 
-INT4 = "mobilemoe-int4-g32"
-MARK = "mobilemoe_train"  # key of config.json that says who wrote the folder, and from what
-QUANTIZATION = {
-    "format": INT4,
-    "group_size": GROUP,
-    "embedding_group_size": GROUP,
-    "qmin": QMIN,
-    "qmax": QMAX,
-    "symmetric": True,
-    "scale_dtype": "float16",
-    "linear_group_axis": "in (last dim of [out, in])",
-    "expert_group_axis": "out (last dim of [E, in, out])",
-    "packed": True,
-}
-# What stays unquantised in both formats, and its dtype there.
-KEPT = {"router.weight": torch.float32, "expert_bias": torch.bfloat16, "norm.weight": torch.bfloat16}
+MAX_SHARD_BYTES = 5 * 10**9  # longer weights are split; int4 of every published size stays one file
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 def save_release(
-    model: MobileMoE, path: str | Path, format: str = "bf16", tokenizer: Tokenizer | None = None, **facts: object
-) -> Path:
-    """Write a release folder and return its weight file. The folder appears whole or not at all.
+    model: MobileMoE,
+    path: str | Path,
+    format: str = "bf16",
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    **facts: object,
+) -> list[Path]:
+    """Write a release folder and return its weight files. The folder appears whole or not at all.
 
-    `format` is "bf16" or "int4"; `facts` go into config.json beside the architecture (for example where it came from).
+    `format` is "bf16" or "int4"; weights of more than `max_shard_bytes` become several files with an index. `facts` of
+    where the weights come from go into the model card (mm_train.model_card), single values into config.json too.
     Raises UserError for another format, non-finite weights or an existing non-release folder at `path`.
     """
-    if format not in ("bf16", "int4"):
+    if format not in FORMATS:
         raise UserError(f"unknown release format {format!r}; it must be bf16 or int4")
     path = Path(path)
     if path.exists() and not _is_ours(path):
         raise UserError(f"{path} exists and was not written by this project: choose another place, or remove it")
-    tensors = release_tensors(dict(model.state_dict()), format)
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     try:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        values = release_config(model.config, format, tokenizer, facts)
-        (partial / "config.json").write_text(json.dumps(values, indent=2))
+        files = _write_weights(model, format, partial, max_shard_bytes)
+        single = {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
+        values = release_format.release_config(model.config, format, single) | {"auto_map": hf.AUTO_MAP}
         if tokenizer is not None:
+            ids = hf.generation_config(tokenizer.bos_id, tokenizer.stop_ids, tokenizer.pad_id)
+            values |= {key: ids[key] for key in ("bos_token_id", "eos_token_id")}
+            _write_json(partial / "generation_config.json", ids)
             tokenizer.save(partial)
+        _write_json(partial / "config.json", values)
+        for code in hf.code_files():
+            shutil.copyfile(code, partial / code.name)
+        facts |= {"weight_bytes": sum((partial / file).stat().st_size for file in files)}
+        (partial / "README.md").write_text(model_card.render(model.config, format, facts), encoding="utf-8")
         if path.exists():
             os.replace(path, old)
         publish(partial, path)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write the release to {path}: {getattr(error, 'strerror', None) or error}") from None
-    return path / "model.safetensors"
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [path / file for file in files]
 
 
 def _is_ours(path: Path) -> bool:
@@ -84,190 +88,133 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def release_tensors(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
-    """Tensors of a model in the names and dtypes of the release format."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        kept = next((dtype for suffix, dtype in KEPT.items() if name.endswith(suffix)), None)
-        if kept is not None:
-            out[name] = tensor.to(kept)
-        elif format == "bf16":
-            out[name] = tensor.to(torch.bfloat16)
-        else:
-            codes, scales = quantise(tensor)
-            code_name, scale_name = _int4_names(name)
-            out[code_name], out[scale_name] = pack(codes).contiguous(), scales.contiguous()
-    return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
+def _write_weights(model: MobileMoE, format: str, folder: Path, max_shard_bytes: int) -> list[str]:
+    """Write the tensors, one file's worth in memory at a time; returns the names of the files."""
+    state = dict(model.state_dict())
+    shards = _split(stored_tensors(model.config, format), max_shard_bytes)
+    files: list[str] = []
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for source, stored in groupby(shard, key=lambda s: s.source):
+            tensors |= _encode(state[source], list(stored), model.int4_scales.get(source))
+        save_file(tensors, folder / file, metadata=METADATA)
+        sync(folder / file)
+        files.append(file)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(stored.bytes for stored in shard)
+    if len(files) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return files
 
 
-def _int4_names(name: str) -> tuple[str, str]:
-    """experts.down_proj -> experts.down_qweight, experts.down_scale; q_proj.weight -> q_proj.qweight, .weight_scale."""
-    if name.endswith("_proj"):
-        stem = name.removesuffix("_proj")
-        return f"{stem}_qweight", f"{stem}_scale"
-    stem = name.removesuffix(".weight")
-    return f"{stem}.qweight", f"{stem}.weight_scale"
+def _split(tensors: Iterable[Stored], max_bytes: int) -> list[list[Stored]]:
+    """Tensors in files of at most `max_bytes`, unless one alone is longer; codes and scales stay together."""
+    shards: list[list[Stored]] = [[]]
+    room = max_bytes
+    for _, group in groupby(tensors, key=lambda stored: stored.source):
+        together = list(group)
+        size = sum(stored.bytes for stored in together)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1] += together
+        room -= size
+    return shards
 
 
-def release_config(model: config.Model, format: str, tokenizer: Tokenizer | None, facts: dict) -> dict:
-    """config.json of the release, with every key of the released checkpoints."""
-    values = asdict(model)
-    del values["name"], values["initializer_range"]
-    values |= constants(model.num_hidden_layers)
-    values |= {"torch_dtype": "bfloat16", MARK: {"name": model.name, **facts}}
-    if tokenizer is not None:
-        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids)}
-    if format == "int4":
-        values["quantization"] = QUANTIZATION
-    return values
+def _encode(tensor: Tensor, stored: list[Stored], scales: Tensor | None) -> dict[str, Tensor]:
+    """One tensor of the network as it is stored. `scales`: those of the int4 release that the network came from."""
+    if stored[0].role == "plain":
+        value = tensor.detach().to("cpu", DTYPES[stored[0].dtype]).contiguous()
+        if not torch.isfinite(value).all():
+            raise UserError(f"tensor {stored[0].name} holds NaN or infinity: there is nothing to release")
+        return {stored[0].name: value}
+    weight = tensor.detach().cpu()
+    codes = None if scales is None else codes_of(weight, scales)
+    if codes is None or scales is None:
+        codes, scales = quantise(weight)
+    values = {"codes": pack(codes), "scales": scales}
+    return {s.name: values[s.role].contiguous() for s in stored}
 
 
-def constants(num_layers: int) -> dict[str, object]:
-    """What every MobileMoE config.json says about the network, and this implementation takes for granted."""
-    return {
-        "model_type": "mobilemoe",
-        "architectures": ["MobileMoEForCausalLM"],
-        "interleave_moe_layer_step": 1,
-        "no_rope_layers": [1] * num_layers,
-        "layer_types": ["full_attention"] * num_layers,
-        "use_qk_norm": True,
-        "attn_temperature_tuning": False,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
-        "hidden_act": "silu",
-    }
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    sync(path)
 
 
-def load_release(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MobileMoE:
-    """Model of a release folder, bf16 or int4 (dequantised), in eval mode; `dtype` is that of the activations.
+def load_release(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MobileMoE:
+    """Model of a release folder, bf16 or int4 (dequantised), in eval mode; see `build` for `dtype`.
 
-    Raises UserError for a missing or unreadable file, a tensor that is missing, unknown or of the wrong shape, and
-    an unknown quantisation format.
+    Raises UserError for a missing or unreadable file, a tensor that is missing, unknown or of the wrong dtype, shape
+    or value, another network and another quantisation format.
     """
     path = Path(path)
-    values = _read_json(path / "config.json")
-    quantization = values.get("quantization")
-    if quantization is not None and {k: quantization.get(k) for k in QUANTIZATION} != QUANTIZATION:
-        wrong = next(k for k in QUANTIZATION if quantization.get(k) != QUANTIZATION[k])
-        raise UserError(
-            f"{path}: quantization.{wrong} is {quantization.get(wrong)!r}; this format has {QUANTIZATION[wrong]!r}"
-        )
-    model = MobileMoE(model_config(values, path), dtype)
-    try:
-        stored = load_file(path / "model.safetensors")
-    except FileNotFoundError:
-        raise UserError(f"{path} has no model.safetensors") from None
-    except SafetensorError as error:
-        raise UserError(f"{path / 'model.safetensors'} is damaged: {error}") from None
-    load_state(model, _plain(stored, model) if quantization else _own_names(stored), str(path))
-    return model.to(device).eval()
-
-
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MobileMoE:
-    """Model of a release folder, a run folder (its latest checkpoint) or a checkpoint folder, in eval mode.
-
-    A checkpoint of quantisation-aware training computes as in training, with fake-quantised weights and activations.
-    """
-    path = Path(path)
-    if (path / "model.safetensors").is_file():
-        return load_release(path, dtype, device)
-    if not path.is_dir():
-        raise UserError(f"model folder not found: {path}")
-    reader = checkpoint.Reader(checkpoint.find(path))
-    model = MobileMoE(reader.model_config, dtype)
-    load_state(model, reader.weights(), str(reader.folder))
-    if reader.run_config.quant.enabled:
-        enable_fake_quant(model, FakeQuant.of(reader.run_config.quant))
-    return model.to(device).eval()
-
-
-def find_tokenizer(path: str | Path) -> Path:
-    """Folder of the tokenizer of a release, run or checkpoint folder. Raises UserError when there is none."""
-    path = Path(path)
-    for folder in (path, path.parent.parent):  # a checkpoint lies two levels below its run
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    raise UserError(f"{path} has no tokenizer.json")
-
-
-def check_same_tokenizer(model_folder: Path, tokenizer: Tokenizer, data_folder: str | Path) -> None:
-    """Raise UserError when a model folder and a data set have different tokenizers: its weights would mean nothing."""
-    theirs = load_tokenizer(find_tokenizer(model_folder)).sha256
-    if theirs != tokenizer.sha256:
-        raise UserError(
-            f"{model_folder} was trained with another tokenizer ({theirs[:12]}) than {data_folder} has"
-            f" ({tokenizer.sha256[:12]}): use the data set it was trained on, or train it anew"
-        )
-
-
-def load_weights(model: MobileMoE, path: Path) -> None:
-    """Copy the weights of a release, run or checkpoint folder into `model`, for a new stage."""
-    source = load_model(path)
-    difference = config.model_difference(model.config, source.config)
-    if difference:
-        raise UserError(f"init_from {path} is another model: {difference}")
-    load_state(model, dict(source.state_dict()), str(path))
-
-
-def model_config(values: dict, path: Path) -> config.Model:
-    """Model section of a config.json. Raises UserError for a key that describes another network."""
-    known = {key: values[key] for key in asdict(config.Model()) if key in values}
-    known["name"] = values.get(MARK, {}).get("name", path.name)
-    model = config.from_dict({"model": known}, str(path / "config.json")).model
-    for key, value in constants(model.num_hidden_layers).items():
-        if key == "model_type" or key in values:
-            found = values.get(key)
-            if found != value:
-                raise UserError(f"{path}: {key} is {found!r:.60}; it must be {value!r:.60}")
+    if not (path / "config.json").is_file():
+        raise UserError(f"not a release folder: {path / 'config.json'} not found")
+    values = read_json(path / "config.json")
+    int4 = release_format.check_quantization(values, path / "config.json")
+    shape = release_format.model_config(values, path / "config.json")
+    files = WeightFiles(path)
+    names = {stored: files.check(stored) for stored in stored_tensors(shape, "int4" if int4 else "bf16")}
+    unknown = sorted(files.tensors.keys() - names.values())
+    if unknown:
+        raise UserError(f"{path}: unknown tensor {unknown[0]}")
+    scales: dict[str, Tensor] = {}
+    model = build(shape, _decoded(files, names, scales), dtype, device)
+    if dtype == torch.float32:
+        model.int4_scales = scales
     return model
 
 
-def load_state(model: MobileMoE, state: dict[str, Tensor], origin: str) -> None:
-    """Copy tensors into `model`. Raises UserError that names the first missing, unknown or misshapen one."""
-    own = dict(model.state_dict())
-    for name in own:
-        if name not in state:
-            raise UserError(f"{origin}: tensor {name} is missing")
-    for name, tensor in state.items():
-        if name not in own:
-            raise UserError(f"{origin}: unknown tensor {name}")
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                f"{origin}: tensor {name} has shape {tuple(tensor.shape)}; this model has {tuple(own[name].shape)}"
-            )
-        with torch.no_grad():
-            own[name].copy_(tensor)
+def _decoded(
+    files: WeightFiles, names: Mapping[Stored, str], scales: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The network's tensors by name, int4 ones as float32 values; `scales` collects their scales."""
+    for source, group in groupby(names, key=lambda stored: stored.source):
+        parts = {stored.role: files.read(names[stored]) for stored in group}
+        if "plain" in parts:
+            yield source, parts["plain"]
+            continue
+        if (parts["scales"] < 0).any():
+            raise UserError(f"{files.folder}: the scales of {source} are negative in places")
+        scales[source] = parts["scales"]
+        yield source, dequantise(unpack(parts["codes"]), parts["scales"])
 
 
-def _own_names(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """bf16 tensors under the model's own names: other writers may put `.weight` behind the expert tensors."""
-    return {
-        name.removesuffix(".weight") if ".experts." in name and name.endswith("_proj.weight") else name: tensor
-        for name, tensor in stored.items()
-    }
+def build(
+    shape: config.Model, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: str | torch.device
+) -> MobileMoE:
+    """A model in eval mode out of its tensors, taken one by one: there is never a second copy of the whole.
 
-
-def _plain(stored: dict[str, Tensor], model: MobileMoE) -> dict[str, Tensor]:
-    """int4 tensors -> float32 tensors under the model's own names; anything else passes through."""
-    plain = dict(stored)
-    for name in model.state_dict():
-        code_name, scale_name = _int4_names(name)
-        if code_name in plain and scale_name in plain:
-            codes, scales = unpack(plain.pop(code_name)), plain.pop(scale_name)
-            if (*codes.shape[:-1], codes.shape[-1] // GROUP) != scales.shape:
-                raise UserError(
-                    f"tensor {scale_name} has shape {tuple(scales.shape)}; codes {tuple(codes.shape)} need"
-                    f" {(*codes.shape[:-1], codes.shape[-1] // GROUP)}"
-                )
-            plain[name] = dequantise(codes, scales)
-    return plain
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"not a release folder: {path} not found") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    Matrices are kept in `dtype`, router, norms and bias in float32. Activations are `dtype` on a GPU and float32 on a
+    CPU, where 16 bits save reading time (kernels.linear) and arithmetic is fastest in float32. Raises UserError for a
+    tensor that is missing, unknown or of the wrong shape.
+    """
+    missing = {entry.name: entry.shape for entry in inventory.tensors(shape)}
+    with torch.device("meta"):
+        model = MobileMoE(shape, torch.float32 if torch.device(device).type == "cpu" else dtype)
+    for name, tensor in tensors:
+        if name not in missing:
+            raise UserError(f"unknown tensor {name}: {shape.name} has none of this name, or it came twice")
+        if tensor.shape != missing[name]:
+            raise UserError(f"tensor {name} has shape {tuple(tensor.shape)}; {shape.name} has {missing[name]}")
+        del missing[name]
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf == "expert_bias":
+            module.register_buffer(leaf, tensor.to(device, torch.float32))
+            continue
+        if tensor.ndim < 2 or owner.endswith("router"):
+            tensor = tensor.float()
+        elif tensor.ndim == 3 and dtype != torch.float32:
+            # Transposed in memory: a few rows, or a GPU's grouped matmul, then read contiguous inputs of an output.
+            tensor = tensor.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        else:
+            tensor = tensor.to(dtype)
+        module.register_parameter(leaf, nn.Parameter(tensor.to(device)))
+    if missing:
+        raise UserError(f"tensor {next(iter(missing))} of {shape.name} is missing")
+    return model.eval()

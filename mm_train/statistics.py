@@ -49,25 +49,29 @@ class Interval:
         self.totals = totals if self.totals is None else self.totals + totals
         self.scored += scored
         self.steps += 1
-        return totals[3:].view(self.cfg.model.num_hidden_layers, -1)
+        return self._counts(totals)
 
     def values(self, step: int) -> dict[str, object]:
         """The interval's facts for Metrics.train; `step` is the last one in it."""
         assert self.totals is not None, "values follows finish_step"
         model, tokens = self.cfg.model, self.steps * self.cfg.train.global_batch_tokens
         nats, z_loss, dropped = self.totals[:3].tolist()
-        counts_LE = self.totals[3:].view(model.num_hidden_layers, -1)
-        slots = tokens * model.num_experts_per_tok * model.num_hidden_layers
+        counts_LE = self._counts(self.totals)
+        slots = tokens * model.num_experts_per_tok * len(counts_LE)
         return {
             "tokens": step * self.cfg.train.global_batch_tokens,
             "loss": nats / max(self.scored, 1),
             "z_loss": z_loss / tokens,
-            "dropped_fraction": dropped / slots,
+            "dropped_fraction": dropped / slots if slots else None,
             "expert_load": (counts_LE / counts_LE.sum(1, keepdim=True)).tolist(),
             "tokens_per_second": tokens / (time.perf_counter() - self.began),
             "data_seconds": self.data_seconds,
             "mfu": None,
         }
+
+    def _counts(self, totals: Tensor) -> Tensor:
+        """counts_LE; no rows in a dense network."""
+        return totals[3:].view(-1, max(1, self.cfg.model.num_local_experts))
 
 
 def progress(steps: range, cfg: config.Config, groups: Groups) -> Iterator[int]:

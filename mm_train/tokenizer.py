@@ -10,7 +10,7 @@ import base64
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`, exact to the byte where they are whole UTF-8; control tokens are left out or spelt out."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def decode_stream(self) -> Callable[[int], str]:
+        """A function from the next id of a text to what can be shown of it: "" until a character is whole."""
+        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+        return lambda index: stream.step(self._backend, index) or ""
 
     def token_bytes(self) -> np.ndarray:
         """uint16 [vocab_size]: how many bytes of UTF-8 text each id stands for, 0 for control tokens."""

@@ -43,11 +43,12 @@ def train(cfg: config.Config) -> None:
     from mm_train import checkpoint, optim
     from mm_train.data import Loader, open_sources
     from mm_train.files import write_atomic
+    from mm_train.inventory import active_parameters
     from mm_train.metrics import Metrics
     from mm_train.model import MobileMoE
+    from mm_train.model_folder import check_same_tokenizer, load_weights
     from mm_train.parallel import build_engine, init_groups, shard_experts
     from mm_train.quant import FakeQuant, enable_fake_quant
-    from mm_train.release import check_same_tokenizer, load_weights
     from mm_train.statistics import Interval, progress
     from mm_train.tokenizer import load_tokenizer
     from mm_train.validate import validate
@@ -115,7 +116,7 @@ def train(cfg: config.Config) -> None:
         expert_parallel=groups.ep_size,
         micro_steps=micro_steps,
         params_total=num_parameters,
-        params_active=active_parameters(cfg.model),
+        params_active=sum(active_parameters(cfg.model).values()),
         global_batch_tokens=cfg.train.global_batch_tokens,
         seq_len=cfg.data.seq_len,
         epochs=loader.mixture.epochs(cfg.total_steps * global_rows),
@@ -191,18 +192,6 @@ def train(cfg: config.Config) -> None:
     metrics.done(cfg.total_steps, seconds=time.perf_counter() - started)
     metrics.close()
     groups.close()
-
-
-def active_parameters(model: config.Model) -> int:
-    """Parameters that take part in one token's forward pass, the tied embedding counted once."""
-    width, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
-    attention = width * model.head_dim * (2 * heads + 2 * kv_heads)
-    routed = 3 * width * model.intermediate_size * model.num_experts_per_tok
-    shared = 3 * width * model.intermediate_size_mlp
-    router = (width + 1) * model.num_local_experts
-    norms = 2 * width
-    layers = model.num_hidden_layers * (attention + routed + shared + router + norms)
-    return model.vocab_size * width + layers + width
 
 
 if __name__ == "__main__":

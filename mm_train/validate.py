@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=0, help="of each source (default: all that is held out)")
     parser.add_argument("--out", type=Path, help="also write the scores to this JSON file")
     args = parser.parse_args(argv)
-    from mm_train.release import check_same_tokenizer, load_model
+    from mm_train.model_folder import check_same_tokenizer, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, device=str(device))

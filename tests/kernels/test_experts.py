@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.experts import experts, experts_reference
+from kernels.experts import experts, experts_of_few_tokens, experts_reference
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 8], [0, 16, 0], [1, 0, 15], [0, 0, 0]])
@@ -38,3 +38,34 @@ def test_reference_gradients():
     torch.manual_seed(0)
     leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (2, 4, 6), (2, 3, 4))]
     assert torch.autograd.gradcheck(lambda *args: experts_reference(*args, torch.tensor([2, 3])), leaves)
+
+
+@pytest.mark.parametrize("counts", [[1, 0, 3], [0, 0, 1], [30, 0, 11]])
+def test_float32_rows_and_narrow_weights_give_the_reference_to_rounding(counts):
+    """Inference on a CPU: weights in bfloat16 and transposed in memory."""
+    torch.manual_seed(0)
+    x = torch.randn(sum(counts), 32)
+    gate_up, down = (torch.randn(3, 32, width).bfloat16() * 0.2 for width in (64, 32))
+    transposed = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in (gate_up, down)]
+    want = experts_reference(x, gate_up.float(), down.float(), torch.tensor(counts))
+    got = experts(x, *transposed, torch.tensor(counts))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0.03, atol=0.03 * want.std().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens_one_by_one_give_the_weighted_sum_of_their_experts(dtype):
+    torch.manual_seed(0)
+    x, weights = torch.randn(3, 32).to(dtype), torch.rand(3, 2)
+    gate_up, down = (torch.randn(4, 32, width).to(dtype) * 0.2 for width in (64, 32))
+    ids = torch.tensor([[0, 3], [3, 1], [0, 2]])
+    got = experts_of_few_tokens(x, ids, weights, gate_up, down)
+    want = torch.zeros(3, 32)
+    for t in range(3):
+        for k in range(2):
+            counts = torch.bincount(ids[t, k][None], minlength=4)
+            y = experts_reference(x[t : t + 1].float(), gate_up.float(), down.float(), counts)[0]
+            want[t] += weights[t, k] * y
+    assert got.dtype == torch.float32
+    tolerance = 1e-6 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.std().item())

@@ -61,3 +61,15 @@ def test_z_loss_is_the_squared_log_partition():
     logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     want = torch.log(torch.tensor(2.0)) ** 2 + (1 + torch.log(torch.tensor(2.0))) ** 2
     assert z_loss_sum(logits).item() == pytest.approx(want.item())
+
+
+def test_softmax_scores_all_experts_against_each_other():
+    torch.manual_seed(0)
+    logits, bias = torch.randn(7, 16), torch.randn(16) * 0.1
+    ids, weights = route(logits, bias, 4, 1.0, scoring="softmax")
+    scores = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    assert torch.equal(ids, (scores + bias).argsort(dim=-1, descending=True, stable=True)[:, :4])
+    chosen = scores.gather(1, ids)
+    torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True))
+    raw = route(logits, bias, 4, 1.0, normalise=False, scoring="softmax")[1]
+    torch.testing.assert_close(raw, chosen)

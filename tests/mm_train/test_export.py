@@ -39,7 +39,7 @@ def test_quantisation_aware_checkpoint_exports_what_it_trained_with(run, tmp_pat
     folder = run(enabled=True)
     assert main(["--checkpoint", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert "after training" not in capsys.readouterr().out
-    from mm_train.release import load_model
+    from mm_train.model_folder import load_model
 
     tokens = torch.randint(0, 300, (1, 20))
     trained = load_model(folder)

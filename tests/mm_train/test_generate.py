@@ -1,10 +1,14 @@
+"""Text out of a model: batches, stops, sampling, conversations."""
+
+import importlib
+import io
 import json
 
 import pytest
 import torch
 
 from mm_train.cli import UserError
-from mm_train.generate import generate, main, write
+from mm_train.generate import Writer, generate, main
 from mm_train.model import MobileMoE
 from mm_train.release import save_release
 
@@ -16,34 +20,107 @@ def model(small_model):
     return model
 
 
+def written(model, prompts, max_new_tokens, **options) -> list[list[int]]:
+    rows = [[] for _ in prompts]
+    for step in generate(model, prompts, max_new_tokens, **options):
+        for row, token in step.items():
+            rows[row].append(token)
+    return rows
+
+
+def greedy(model, prompt, count) -> list[int]:
+    """By recomputing the whole prefix for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
 def test_greedy_is_the_argmax_of_the_whole_prefix(model):
-    prompt = [5, 6, 7]
-    ids = list(generate(model, prompt, 6))
-    for i, token in enumerate(ids):
-        assert model(torch.tensor([prompt + ids[:i]]))[0, -1].argmax().item() == token
+    assert written(model, [[5, 6, 7]], 12) == [greedy(model, [5, 6, 7], 12)]
+
+
+def test_a_row_does_not_depend_on_its_batch(model):
+    prompts = [[5, 6, 7], list(range(40)), [9]]
+    assert written(model, prompts, 10) == [greedy(model, prompt, 10) for prompt in prompts]
+
+
+def test_finished_rows_leave_and_the_others_go_on(model):
+    prompts = [[5, 6, 7], list(range(40)), [9]]
+    alone = [greedy(model, prompt, 10) for prompt in prompts]
+    stop = alone[1][3]
+    want = [ids[: ids.index(stop)] if stop in ids else ids for ids in alone]
+    assert written(model, prompts, 10, stop_ids=[stop]) == want
+    assert len(set(map(len, want))) > 1
 
 
 def test_a_stop_id_ends_it_unseen(model):
-    first = next(generate(model, [5, 6, 7], 1))
-    assert list(generate(model, [5, 6, 7], 10, stop_ids=[first])) == []
+    (first,) = written(model, [[5, 6, 7]], 1)[0]
+    assert written(model, [[5, 6, 7]], 10, stop_ids=[first]) == [[]]
 
 
-def test_it_ends_with_the_context(model):
-    assert len(list(generate(model, [1] * 250, 100))) == 6
+def test_every_row_ends_with_the_context(model):
+    assert [len(ids) for ids in written(model, [[1] * 250, [1] * 200, [1] * 255], 100)] == [6, 56, 1]
 
 
 def test_sampling_repeats_with_its_seed_and_stays_in_the_nucleus(model):
     options = {"temperature": 5.0, "max_new_tokens": 8}
-    first = list(generate(model, [1, 2], seed=1, **options))
-    assert first == list(generate(model, [1, 2], seed=1, **options))
-    assert first != list(generate(model, [1, 2], seed=2, **options))
-    greedy = list(generate(model, [1, 2], max_new_tokens=8))
-    assert list(generate(model, [1, 2], top_p=1e-6, **options)) == greedy  # the nucleus always holds the best token
+    first = written(model, [[1, 2], [1, 2]], seed=1, **options)
+    assert first == written(model, [[1, 2], [1, 2]], seed=1, **options)
+    assert first[0] != first[1]  # one random stream a row
+    assert first[:1] == written(model, [[1, 2]], seed=1, **options)
+    assert first != written(model, [[1, 2], [1, 2]], seed=2, **options)
+    assert written(model, [[1, 2]], top_p=1e-6, **options) == [greedy(model, [1, 2], 8)]  # it holds the likeliest
 
 
-def test_a_prompt_that_fills_the_context_is_refused(model, byte_tokenizer):
-    with pytest.raises(UserError, match=r"prompt has 401 tokens; the context holds 256"):
-        write(model, byte_tokenizer, "x" * 400, chat=False, max_new_tokens=1)
+def test_the_nucleus_may_be_wider_than_what_is_looked_at_first(model, monkeypatch):
+    options = {"temperature": 5.0, "max_new_tokens": 8, "top_p": 0.9}
+    want = written(model, [[1, 2]], **options)
+    monkeypatch.setattr(importlib.import_module("mm_train.generate"), "NUCLEUS", 1)
+    assert written(model, [[1, 2]], **options) == want
+
+
+@pytest.mark.parametrize("length", [0, 256, 401])
+def test_a_prompt_that_leaves_no_room_is_refused(model, length):
+    with pytest.raises(UserError, match=rf"prompt has {length} tokens; it needs one, and the context holds 256"):
+        written(model, [[1] * length], 1)
+
+
+def test_a_conversation_computes_only_what_is_new(model, byte_tokenizer, monkeypatch):
+    columns, answers = [], []
+    hidden, writer = model.hidden, Writer(model, byte_tokenizer, max_new_tokens=5)
+    stream = writer.stream
+
+    def counted(tokens, cache=None):
+        columns.append(tokens.shape[1])
+        return hidden(tokens, cache)
+
+    def recorded(ids, cache):
+        answers.append(stream(ids, cache))
+        return answers[-1]
+
+    monkeypatch.setattr(model, "hidden", counted)
+    monkeypatch.setattr(writer, "stream", recorded)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand now?\n/reset\nhello\n/quit\nnot read\n"))
+    writer.converse(system=None)
+    prefills = [count for count in columns if count > 1]
+    turns = [{"role": "user", "content": "hello"}]
+    opening, _ = byte_tokenizer.render_chat(turns, add_generation_prompt=True)
+    turns += [{"role": "assistant", "content": byte_tokenizer.decode(answers[0])}]
+    turns += [{"role": "user", "content": "and now?"}]
+    second, _ = byte_tokenizer.render_chat(turns, add_generation_prompt=True)
+    assert answers == [greedy(model, ids, 5) for ids in (opening, second, opening)]
+    assert prefills[0] == len(opening)
+    assert len(prefills) == 2  # the third finds its whole beginning in the cache, and computes one column
+    assert prefills[1] <= len(second) - len(opening)
+
+
+def test_a_message_that_does_not_fit_leaves_the_conversation_alive(model, byte_tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 400 + "\nhello\n"))
+    Writer(model, byte_tokenizer, max_new_tokens=3).converse(system="be brief")
+    output = capsys.readouterr()
+    assert "the context holds 256: /reset, or say less" in output.err
+    assert len(output.out.splitlines()) >= 1
 
 
 def test_the_command_appends_its_samples(model, byte_tokenizer, tmp_path, capsys):
@@ -54,3 +131,20 @@ def test_the_command_appends_its_samples(model, byte_tokenizer, tmp_path, capsys
     samples = json.loads((tmp_path / "s.json").read_text())
     assert [(s["prompt"], s["kind"]) for s in samples] == [("a", "continuation"), ("b", "continuation"), ("c", "chat")]
     assert capsys.readouterr().out.count("--- ") == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to write about: give --prompt TEXT, or --chat"),
+        (["--prompt", "a", "--system", "b"], "--system is a part of the chat format: add --chat"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p 0.0 must lie in (0, 1]"),
+        (["--prompt", "a"], "model folder not found: nowhere"),
+    ],
+)
+def test_bad_options_are_one_line(options, message, capsys, byte_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", "nowhere", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

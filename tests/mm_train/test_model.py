@@ -7,17 +7,27 @@ import pytest
 import torch
 
 from kernels.cross_entropy import IGNORE
-from mm_train import config
+from mm_train import config, inventory
 from mm_train.model import MobileMoE, rope_frequencies
+
+VARIANTS = {  # the networks that the paper compares with
+    "mobilemoe": {},
+    "dense": {"num_local_experts": 0, "num_experts_per_tok": 0},
+    "coarse": {"num_experts_per_tok": 1, "intermediate_size": 128, "norm_topk_prob": False},
+    "no shared expert": {"intermediate_size_mlp": 0},
+    "softmax": {"scoring_func": "softmax", "routed_scaling_factor": 1.0},
+}
 
 
 @pytest.fixture
 def model(small_model):
-    shape = dataclasses.replace(
-        small_model,
-        rope_scaling=config.RopeScaling(original_max_position_embeddings=64),
-        max_position_embeddings=256,
-    )
+    return build(small_model)
+
+
+def build(small_model, **changes):
+    """A network in which every term of the specification shows."""
+    scaling = config.RopeScaling(original_max_position_embeddings=64)
+    shape = dataclasses.replace(small_model, rope_scaling=scaling, max_position_embeddings=256, **changes)
     model = MobileMoE(shape)
     model.init_weights(0)
     torch.manual_seed(1)
@@ -66,13 +76,17 @@ def by_the_specification(state, shape: config.Model, tokens):
         x = x + out.flatten(1) @ p[at + "self_attn.o_proj.weight"].T
         h = norm(x, p[at + "post_attention_layernorm.weight"])
         ff = at + "feed_forward."
-        y = silu(h @ p[ff + "shared_expert.gate_proj.weight"].T) * (h @ p[ff + "shared_expert.up_proj.weight"].T)
-        y = y @ p[ff + "shared_expert.down_proj.weight"].T
-        for t in range(len(tokens)):
-            scores = torch.sigmoid(p[ff + "router.weight"] @ h[t])
+        shared = ff + "shared_expert." if shape.num_local_experts else ff
+        y = torch.zeros_like(h)
+        if shape.intermediate_size_mlp:
+            y = silu(h @ p[shared + "gate_proj.weight"].T) * (h @ p[shared + "up_proj.weight"].T)
+            y = y @ p[shared + "down_proj.weight"].T
+        for t in range(len(tokens) if shape.num_local_experts else 0):
+            scores = p[ff + "router.weight"] @ h[t]
+            scores = torch.sigmoid(scores) if shape.scoring_func == "sigmoid" else torch.softmax(scores, 0)
             chosen = sorted(range(len(scores)), key=lambda e: -(scores[e] + p[ff + "expert_bias"][e]).item())
             chosen = chosen[: shape.num_experts_per_tok]
-            total = sum(scores[e] for e in chosen) + 1e-20
+            total = sum(scores[e] for e in chosen) + 1e-20 if shape.norm_topk_prob else 1
             for e in chosen:
                 gate, up = (h[t] @ p[ff + "experts.gate_up_proj"][e]).split(shape.intermediate_size)
                 weight = scores[e] / total * shape.routed_scaling_factor
@@ -81,11 +95,46 @@ def by_the_specification(state, shape: config.Model, tokens):
     return norm(x, p["model.norm.weight"]) @ p["model.embed_tokens.weight"].T
 
 
-def test_logits_equal_the_specification(model):
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_equal_the_specification(small_model, changes):
+    model = build(small_model, **changes)
     tokens = torch.randint(0, 512, (1, 40))
     want = by_the_specification(model.state_dict(), model.config, tokens[0])
     got = model(tokens)[0].detach()
     assert ((got - want).abs().max() / want.std()).item() < 1e-4
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_of_a_variant_learns(small_model, changes):
+    model = build(small_model, **changes).train()
+    tokens = torch.randint(0, 512, (4, 60))
+    losses = model(tokens, tokens)
+    (losses.cross_entropy_sum + losses.z_loss_sum).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert losses.counts_LE.sum() == 4 * 60 * model.config.num_experts_per_tok * len(model.moe_layers())
+
+
+def test_the_inventory_lists_exactly_the_tensors_of_the_network(small_model):
+    for changes in VARIANTS.values():
+        model = build(small_model, **changes)
+        listed = {entry.name: entry.shape for entry in inventory.tensors(model.config)}
+        assert listed == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_the_head_is_the_embedding(model):
+    tokens = torch.randint(0, 512, (1, 8))
+    before = model(tokens)[0, -1]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[511] *= 2  # 511 is not among the tokens below
+    assert 511 not in tokens
+    torch.testing.assert_close(model(tokens)[0, -1, 511], before[511] * 2)
+
+
+def test_the_router_is_float32_whatever_the_activations_are(model):
+    x = torch.randn(5, 64).bfloat16()
+    router = model.moe_layers()[0].router
+    assert torch.equal(router(x), x.float() @ router.weight.T)
+    assert router(x).dtype == torch.float32
 
 
 def test_long_rows_too(model):

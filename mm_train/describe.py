@@ -1,0 +1,153 @@
+"""Say what a network is and what training it takes, before anything is launched.
+
+python -m mm_train.describe configs/model/s.yaml
+python -m mm_train.describe configs/model/s.yaml configs/stage/pretrain.yaml --parallel gpus=64 expert_parallel=4
+
+Exact: parameters, bytes of the release files, cache. The rest are estimates (costs.py, memory.py); the output names
+their assumptions. `--json` prints the same facts for programs. Torch-free.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mm_train import costs, inventory, memory
+from mm_train.cli import UserError, command
+from mm_train.costs import GPUS
+from mm_train.describe_plan import MFU, Plan, read_plan
+from mm_train.describe_text import text
+from mm_train.release_format import file_bytes
+
+SCALE = (1, 8, 64, 512, 4096)
+USABLE = 0.95  # of a GPU's memory: the allocator loses some in fragments
+SHAPE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "scoring_func",
+    "max_position_embeddings",
+)
+SCALED = ("days", "memory_gib", "fits", "micro_batch_size", "micro_steps", "global_batch_tokens", "comm_bytes_per_step")
+EXAMPLES = """examples:
+  python -m mm_train.describe configs/model/s.yaml
+  python -m mm_train.describe configs/model/m.yaml configs/stage/midtrain.yaml --gpu h200 --mfu 0.3
+  python -m mm_train.describe configs/model/s.yaml model.num_local_experts=120 --tokens 500B --context 8192
+  python -m mm_train.describe configs/model/l.yaml --parallel gpus=64 expert_parallel=4 zero_stage=2
+  python -m mm_train.describe configs/model/s.yaml --json
+"""
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mm_train.describe",
+        description="Parameters, sizes, FLOPs, memory, communication and time of a config, without building anything.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("configs", nargs="+", metavar="FILE.yaml | key=value", help="config files, then overrides")
+    parser.add_argument(
+        "--parallel",
+        nargs="+",
+        default=[],
+        metavar="KEY=N",
+        help="gpus, expert_parallel, zero_stage (0, 1, 2), micro_batch_size (rows of a GPU); what is left out comes"
+        " from the config, gpus from its expert_parallel",
+    )
+    parser.add_argument("--context", help="tokens of a row (default: a stage file's data.seq_len, else 2048)")
+    parser.add_argument("--tokens", help="budget, as 6e12 or 500B (default: a stage file's train.tokens, else 6T)")
+    parser.add_argument("--mfu", default=str(MFU), help=f"model FLOPs over the GPU's peak, 0 to 1 (default: {MFU})")
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default: h100)")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    args = parser.parse_args(argv)
+    facts = describe(read_plan(args))
+    print(json.dumps(facts, indent=1) if args.json else text(facts))
+    return 0
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """All that is printed, as plain values: bytes, FLOPs and tokens as they are, memory in GiB, time in days."""
+    model, layout, gpu = plan.model, plan.layout, plan.gpu
+    total, active = inventory.parameters(model), inventory.active_parameters(model)
+    by_part = costs.train_flops(model, layout.context)
+    train_flops = sum(by_part.values())
+    per_gpu = costs.tokens_per_second(train_flops, gpu, plan.mfu)
+    batch = layout.tokens * layout.gpus * layout.micro_steps
+    used = memory_gib(plan)
+    return {
+        "name": model.name,
+        "total_params": sum(total.values()),
+        "active_params": sum(active.values()),
+        "params_by_part": {part: {"total": count, "active": active[part]} for part, count in total.items()},
+        "shape": {key: getattr(model, key) for key in SHAPE},
+        "bf16_bytes": file_bytes(model, "bf16"),
+        "int4_bytes": file_bytes(model, "int4"),
+        "kv_bytes_per_token": costs.kv_bytes_per_token(model),
+        "context": layout.context,
+        "train_flops_per_token": train_flops,
+        "train_flops_by_part": by_part,
+        "hardware_train_flops_per_token": round(costs.hardware_train_flops(model, layout)),
+        "inference_flops_per_token": sum(costs.forward_flops(model, layout.context).values()),
+        "layout": {
+            "gpus": layout.gpus,
+            "expert_parallel": layout.expert_parallel,
+            "zero_stage": layout.zero_stage,
+            "engine": "deepspeed" if layout.deepspeed else "plain",
+            "micro_batch_size": layout.micro_batch_size,
+            "micro_steps": layout.micro_steps,
+            "global_batch_tokens": batch,
+            "activation_dtype": "bfloat16" if layout.activation_bytes == 2 else "float32",
+            "capacity_factor": layout.capacity_factor,
+            "quantisation_aware": layout.quantised,
+        },
+        "gpu": {"name": gpu.name, "tflops": gpu.tflops, "memory_gib": gpu.memory_gib, "source": gpu.sheet},
+        "memory_gib": used,
+        "fits": used["total"] <= USABLE * gpu.memory_gib,
+        "comm_bytes_per_step": costs.communication(model, layout),
+        "tokens": plan.tokens,
+        "mfu": plan.mfu,
+        "tokens_per_second_per_gpu": per_gpu,
+        "seconds_per_step": batch / (per_gpu * layout.gpus),
+        "days": costs.days(plan.tokens, layout.gpus, per_gpu),
+        "gpu_hours": costs.days(plan.tokens, 1, per_gpu) * 24,
+        "scale": [_scaled(plan, gpus, per_gpu) for gpus in sorted({*SCALE, layout.gpus})],
+        "assumptions": list(plan.assumptions),
+    }
+
+
+def memory_gib(plan: Plan) -> dict[str, float]:
+    """memory.memory_bytes in GiB."""
+    return {part: size / memory.GIB for part, size in memory.memory_bytes(plan.model, plan.layout).items()}
+
+
+def _scaled(plan: Plan, gpus: int, per_gpu: float) -> dict[str, Any]:
+    """A line of the scale table: what layout or batch does not allow on so many GPUs is None, with the reason."""
+    try:
+        there = plan.scaled(gpus)
+    except UserError as error:
+        return {"gpus": gpus} | dict.fromkeys(SCALED) | {"why_not": str(error)}
+    used = memory_gib(there)["total"]
+    return {
+        "gpus": gpus,
+        "days": costs.days(plan.tokens, gpus, per_gpu),
+        "memory_gib": used,
+        "fits": used <= USABLE * plan.gpu.memory_gib,
+        "micro_batch_size": there.layout.micro_batch_size,
+        "micro_steps": there.layout.micro_steps,
+        "global_batch_tokens": there.layout.tokens * gpus * there.layout.micro_steps,
+        "comm_bytes_per_step": costs.communication(there.model, there.layout)["total"],
+        "why_not": None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

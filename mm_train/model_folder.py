@@ -1,0 +1,65 @@
+"""A model and its tokenizer from any folder that holds them: a release, a run (its latest checkpoint), a checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from mm_train import checkpoint, config
+from mm_train.cli import UserError
+from mm_train.model import MobileMoE
+from mm_train.quant import FakeQuant, enable_fake_quant
+from mm_train.release import build, load_release
+from mm_train.tokenizer import Tokenizer, load_tokenizer
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MobileMoE:
+    """Model in eval mode; see mm_train.release.build for `dtype`.
+
+    A checkpoint of quantisation-aware training computes as in training, with fake-quantised weights and activations,
+    and keeps its matrices in float32. Raises UserError when the folder holds no model or a damaged one.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return load_release(path, dtype, device)
+    if not path.is_dir():
+        raise UserError(f"model folder not found: {path}")
+    reader = checkpoint.Reader(checkpoint.find(path))
+    quant = reader.run_config.quant
+    tensors = ((name, reader.read(name)) for name in reader.where)
+    model = build(reader.model_config, tensors, torch.float32 if quant.enabled else dtype, device)
+    if quant.enabled:
+        enable_fake_quant(model, FakeQuant.of(quant))
+    return model
+
+
+def load_weights(model: MobileMoE, path: Path) -> None:
+    """Copy the weights of a release, run or checkpoint folder into `model`, for a new stage.
+
+    Raises UserError when they are of another network; names the first key that differs.
+    """
+    source = load_model(path)
+    difference = config.model_difference(model.config, source.config)
+    if difference:
+        raise UserError(f"init_from {path} is another model: {difference}")
+    model.load_state_dict(source.state_dict())
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """Folder of the tokenizer of a release, run or checkpoint folder. Raises UserError when there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"model folder not found: {path}")
+    for folder in (path, path.parent.parent):  # a checkpoint lies two levels below its run
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    raise UserError(f"{path} has no tokenizer.json")
+
+
+def check_same_tokenizer(model_folder: Path, tokenizer: Tokenizer, data_folder: str | Path) -> None:
+    """Raise UserError when a model folder and a data set have different tokenizers: its weights would mean nothing."""
+    theirs = load_tokenizer(find_tokenizer(model_folder)).sha256
+    if theirs != tokenizer.sha256:
+        raise UserError(
+            f"{model_folder} was trained with another tokenizer ({theirs[:12]}) than {data_folder} has"
+            f" ({tokenizer.sha256[:12]}): use the data set it was trained on, or train it anew"
+        )

@@ -1,0 +1,192 @@
+"""The command: every config, exact figures, the keys of its JSON, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mm_train.describe import main
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted((ROOT / "configs/model").glob("*.yaml"))
+S, PRETRAIN = str(ROOT / "configs/model/s.yaml"), str(ROOT / "configs/stage/pretrain.yaml")
+KEYS = {
+    "total_params",
+    "active_params",
+    "int4_bytes",
+    "train_flops_per_token",
+    "inference_flops_per_token",
+    "kv_bytes_per_token",
+    "memory_gib",
+    "comm_bytes_per_step",
+    "days",
+}
+
+
+@pytest.fixture
+def facts(capsys):
+    """A function from arguments to what --json prints."""
+
+    def run(*args: str) -> dict:
+        assert main([*map(str, args), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def text(capsys):
+    """A function from arguments to the printed report."""
+
+    def run(*args: str) -> str:
+        assert main([*map(str, args)]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_is_described(path, facts, text):
+    said = facts(path)
+    assert set(said) >= KEYS
+    assert said["total_params"] == sum(part["total"] for part in said["params_by_part"].values())
+    assert said["active_params"] == sum(part["active"] for part in said["params_by_part"].values())
+    assert said["train_flops_per_token"] == 3 * said["inference_flops_per_token"]
+    assert said["memory_gib"]["total"] == pytest.approx(
+        sum(size for part, size in said["memory_gib"].items() if part != "total")
+    )
+    report = text(path)
+    head = report.splitlines()[0]
+    assert head == f"{said['name']}: {said['total_params']:,} parameters, {said['active_params']:,} active per token"
+    comment = path.read_text().splitlines()[0]
+    for count in {said["total_params"], said["active_params"]}:
+        assert f"{count:,}" in comment or path.stem == "tiny"
+    assert max(map(len, report.splitlines())) < 160
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_has_a_training_layout(path, facts):
+    dense = "num_local_experts: 0" in path.read_text()
+    said = facts(path, "--parallel", "gpus=64", f"expert_parallel={1 if dense else 4}", "zero_stage=2")
+    assert said["comm_bytes_per_step"]["total"] > 0
+    assert (said["comm_bytes_per_step"]["all_to_all_dispatch"] == 0) == dense
+    assert said["fits"]
+
+
+def test_s_is_the_published_one(facts, text):
+    said = facts(S)
+    assert (said["total_params"], said["active_params"]) == (1_263_374_256, 272_469_936)
+    assert (said["int4_bytes"], said["kv_bytes_per_token"]) == (713_916_240, 20_480)
+    assert said["train_flops_per_token"] == 1_823_367_168 == sum(said["train_flops_by_part"].values())
+    # 6 T tokens of 1.823 GFLOP at 40 % of 989 TFLOP/s
+    assert said["days"] == pytest.approx(6e12 * 1_823_367_168 / (989e12 * 0.4) / 86_400)
+    report = text(S)
+    for figure in ("1,263,374,256", "272,469,936", "713,916,240", "32.4%", "1.82 GFLOP", "160 MiB", "320.1 days"):
+        assert figure in report, figure
+
+
+def test_training_the_paper_way(facts):
+    said = facts(S, PRETRAIN, "--parallel", "gpus=64", "zero_stage=1")
+    assert said["layout"] == {
+        "gpus": 64,
+        "expert_parallel": 4,  # of the stage file
+        "zero_stage": 1,
+        "engine": "deepspeed",
+        "micro_batch_size": 8,
+        "micro_steps": 4,
+        "global_batch_tokens": 4_194_304,
+        "activation_dtype": "bfloat16",
+        "capacity_factor": 1.5,
+        "quantisation_aware": False,
+    }
+    assert said["assumptions"] == []
+    routed = said["train_flops_by_part"]["routed experts"]
+    assert said["hardware_train_flops_per_token"] - said["train_flops_per_token"] == pytest.approx(routed / 2, rel=2e-3)
+    # 4 micro-steps, 20 layers, forward and backward; 60 x 1639 rows of 768 bfloat16 values, 3 of 4 to other GPUs
+    assert said["comm_bytes_per_step"]["all_to_all_dispatch"] == 4 * 20 * 2 * (60 * 1639) * 768 * 2 * 3 // 4
+
+
+def test_where_values_come_from(facts):
+    from_stage = facts(S, ROOT / "configs/stage/midtrain.yaml")
+    assert (from_stage["context"], from_stage["tokens"]) == (8192, 500e9)
+    assert from_stage["layout"]["gpus"] == 4  # as few as its expert parallel allows
+    words = ("--context", "1024", "--tokens", "2.5B", "--mfu", "0.2", "--gpu", "a100-40")
+    asked = facts(S, *words, "--parallel", "micro_batch_size=2")
+    assert (asked["context"], asked["tokens"], asked["mfu"]) == (1024, 2.5e9, 0.2)
+    assert (asked["gpu"]["tflops"], asked["layout"]["micro_batch_size"]) == (312, 2)
+    assert facts(S, "data.seq_len=4096")["context"] == 4096
+    assert facts(ROOT / "configs/model/tiny.yaml")["context"] == 1024  # its longest
+    tiny = facts(ROOT / "configs/model/tiny.yaml", ROOT / "configs/stage/tiny/pretrain.yaml")
+    assert tiny["layout"]["activation_dtype"] == "float32"  # the stage leaves it out; training then takes the schema's
+
+
+def test_one_gpu_to_thousands(facts, text):
+    lines = {line["gpus"]: line for line in facts(S, PRETRAIN, "--parallel", "gpus=16")["scale"]}
+    assert list(lines) == [1, 8, 16, 64, 512, 4096]
+    assert lines[8]["days"] == pytest.approx(2 * lines[16]["days"])
+    assert lines[8]["memory_gib"] > lines[64]["memory_gib"]
+    assert lines[512]["micro_batch_size"] == 4  # 8 rows on each of 512 GPUs would be more than the batch
+    assert (lines[1]["days"], lines[4096]["memory_gib"]) == (None, None)
+    assert "(4) must divide gpus (1)" in lines[1]["why_not"]
+    assert "must be a multiple of micro_batch_size (1)" in lines[4096]["why_not"]
+    assert facts(S)["scale"][-1]["global_batch_tokens"] == 2 * 4_194_304  # one row on each of 4096, no batch asked for
+    assert "4,096 GPUs: that is a global batch of 8,388,608 tokens" in text(S)
+    report = text(S, PRETRAIN, "--parallel", "gpus=16")
+    assert "not on 4,096 GPUs: train.global_batch_tokens (4,194,304)" in report
+
+
+def test_what_does_not_fit_is_said(facts, text):
+    words = (str(ROOT / "configs/model/l.yaml"), "--gpu", "a100-40")
+    assert not facts(*words)["fits"]
+    assert "does NOT fit into the 40 GB" in text(*words)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--parallel gpu=2", "--parallel: unknown key gpu (did you mean gpus?)"),
+        ("--parallel zero=1", "--parallel: unknown key zero"),
+        ("--parallel gpus", "--parallel takes key=value, not 'gpus'"),
+        ("--parallel gpus=many", "--parallel gpus is 'many'; it must be a whole number"),
+        ("--parallel gpus=0", "gpus is 0; it must be at least 1"),
+        ("--parallel micro_batch_size=-1", "micro_batch_size is -1; it must be at least 1"),
+        ("--parallel zero_stage=3", "zero_stage is 3; it must be 0, 1 or 2"),
+        ("--parallel gpus=6 expert_parallel=4", "expert_parallel (4) must divide gpus (6)"),
+        ("--parallel gpus=7 expert_parallel=7", "expert_parallel (7) must divide model.num_local_experts (60)"),
+        ("parallel.engine=plain --parallel gpus=2", "parallel.engine=plain runs on one process; gpus is 2"),
+        ("parallel.engine=mpi", "parallel.engine is 'mpi'"),
+        ("train.global_batch_tokens=100000 --parallel gpus=2", "(100,000) must be a multiple of micro_batch_size (8)"),
+        ("train.dtype=fp8", "train.dtype is 'fp8'; it must be one of float32, bfloat16"),
+        ("moe.dispatch=drop", "moe.dispatch is 'drop'"),
+        ("moe.capacity_factor=0", "moe.capacity_factor is 0.0; it must be above 0"),
+        ("train.tokens=0", "the token budget is 0"),
+        ("--tokens lots", "--tokens is 'lots'; it must be a number, such as 0.4, 6e12 or 500B"),
+        ("--tokens nan", "the token budget is nan"),
+        ("--mfu 40", "--mfu is 40; it is a share of the GPU's peak"),
+        ("--gpu h10", "--gpu: unknown h10 (did you mean h100?)"),
+        ("--context 9000", "the context (9000 tokens) must lie in 1..model.max_position_embeddings (8192)"),
+        ("model.hidden_size=100", "model.hidden_size (100) must be a multiple of 32"),
+        ("model.hiden_size=64", "unknown key model.hiden_size (did you mean model.hidden_size?)"),
+        ("nowhere.yaml", "config file not found: nowhere.yaml"),
+        (
+            "model.num_local_experts=0 model.num_experts_per_tok=0 --parallel gpus=4 expert_parallel=4",
+            "a dense network (model.num_local_experts 0) has no experts to share out",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_line(args, message, capsys):
+    assert main([S, *args.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_it_needs_no_torch():
+    code = (
+        f"import sys; from mm_train.describe import main; main([{S!r}, '--json']);"
+        " sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0

@@ -1,0 +1,52 @@
+"""Cached and padded computation against the whole sequence at once."""
+
+import pytest
+import torch
+
+from mm_train.model import MobileMoE
+
+
+@pytest.fixture
+def model(small_model):
+    model = MobileMoE(small_model).eval()
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # attention that is not nearly uniform
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 512, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("pieces", [[30], [1] * 30, [17, 1, 1, 11], [1, 29]])
+@torch.no_grad()
+def test_pieces_give_what_the_whole_gives(model, tokens, pieces):
+    cache = model.new_cache(2, 40)
+    got = torch.cat([model.hidden(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+    assert cache.length == 30
+    torch.testing.assert_close(got, model.hidden(tokens), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(model, tokens):
+    short, padding = tokens[1, :18], 12
+    both = torch.stack([tokens[0], torch.cat([torch.zeros(padding, dtype=torch.long), short])])
+    cache = model.new_cache(2, 40, [0, padding])
+    first, second = model.hidden(both[:, :25], cache), model.hidden(both[:, 25:], cache)
+    got = torch.cat([first, second], 1)
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got[0], model.hidden(tokens[:1])[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[1, padding:], model.hidden(short[None])[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_columns_can_be_forgotten_and_rows_dropped(model, tokens):
+    cache = model.new_cache(2, 40)
+    model.hidden(tokens, cache)
+    cache.rewind(20)
+    cache.keep_rows([1])
+    got = model.hidden(tokens[1:, 20:], cache)
+    torch.testing.assert_close(got, model.hidden(tokens)[1:, 20:], rtol=1e-4, atol=1e-5)

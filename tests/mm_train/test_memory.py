@@ -1,0 +1,207 @@
+"""Predicted memory against what autograd, the engines and the profiler count."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from kernels import cross_entropy
+from mm_train import config, memory
+from mm_train.costs import Layout
+from mm_train.engine import PlainEngine
+from mm_train.memory import memory_bytes, saved_for_backward, shares
+from mm_train.model import MobileMoE
+from mm_train.quant import FakeQuant, enable_fake_quant
+
+WIDE = config.Model(
+    vocab_size=1024,
+    hidden_size=96,
+    intermediate_size=96,
+    intermediate_size_mlp=224,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=32,
+    num_local_experts=8,
+    num_experts_per_tok=3,
+)
+DENSE = {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 0}
+# The network whose DeepSpeed engine was taken apart on up to four processes.
+COUNTED = config.Model(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=64,
+    intermediate_size_mlp=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_local_experts=16,
+    num_experts_per_tok=4,
+)
+
+
+def build(model: config.Model, layout: Layout) -> MobileMoE:
+    network = MobileMoE(model, torch.bfloat16 if layout.activation_bytes == 2 else torch.float32)
+    network.init_weights(0)
+    for layer in network.moe_layers():
+        layer.dispatcher.capacity_factor = layout.capacity_factor
+    if layout.quantised:
+        enable_fake_quant(network, FakeQuant())
+    return network.train()
+
+
+def run(network: MobileMoE, layout: Layout):
+    tokens = torch.randint(network.config.vocab_size, (layout.micro_batch_size, layout.context))
+    return network(tokens, tokens, torch.zeros_like(tokens))
+
+
+def measured_saved(network: MobileMoE, layout: Layout) -> int:
+    """Bytes that autograd saves in a forward pass: each storage once, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor: its memory must not be reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(network, layout)
+    return sum(size for size, _ in saved.values())
+
+
+LAYOUTS = {
+    "bfloat16": Layout(micro_batch_size=2, context=64),
+    "float32": Layout(micro_batch_size=2, context=64, activation_bytes=4),
+    "drop and pad": Layout(micro_batch_size=1, context=96, capacity_factor=1.5),
+    "quantised": Layout(micro_batch_size=3, context=32, quantised=True),
+    "quantised float32": Layout(micro_batch_size=3, context=32, activation_bytes=4, quantised=True),
+}
+CHANGES = {
+    "moe": {},
+    "no shared expert": {"intermediate_size_mlp": 0},
+    "dense": DENSE,
+    "softmax, top 1": {"scoring_func": "softmax", "num_experts_per_tok": 1, "norm_topk_prob": False},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("shape", ["small", "wide"])
+def test_what_autograd_saves(shape, change, layout, small_model):
+    model = dataclasses.replace(small_model if shape == "small" else WIDE, **CHANGES[change])
+    how = LAYOUTS[layout]
+    predicted = saved_for_backward(model, how, fused_norms=False).total
+    assert predicted == pytest.approx(measured_saved(build(model, how), how), rel=0.01)
+
+
+def measured_peak(network: MobileMoE, layout: Layout) -> int:
+    """Most bytes allocated at once in forward and backward pass, gradients not among them."""
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("pass"):
+        losses = run(network, layout)
+        (losses.cross_entropy_sum + losses.z_loss_sum).backward()
+    events = profiler.profiler.kineto_results.events()
+    now = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 8192, "num_hidden_layers": 1},  # the loss needs most
+        {"vocab_size": 128, "num_hidden_layers": 4, "intermediate_size_mlp": 0},  # the backward pass does
+        {"vocab_size": 128, "num_hidden_layers": 4, **DENSE},
+    ],
+    ids=["loss", "experts", "dense"],
+)
+def test_peak_of_forward_and_backward(change):
+    model = dataclasses.replace(WIDE, **change)
+    layout = Layout(micro_batch_size=8, context=256, activation_bytes=4)
+    parts = memory_bytes(model, layout)
+    norms = saved_for_backward(model, layout, fused_norms=False).activations - parts["activations"]
+    predicted = parts["activations"] + parts["weight_copies"] + parts["loss_and_backward_buffers"] + norms
+    assert predicted == pytest.approx(measured_peak(build(model, layout), layout), rel=0.05)
+
+
+def test_the_plain_engine_holds_sixteen_bytes_a_parameter(small_model):
+    layout = Layout(micro_batch_size=2, context=64)
+    network = build(small_model, layout)
+    engine = PlainEngine(network, config.Optim())
+    run(network, layout).cross_entropy_sum.backward()
+    parts = memory_bytes(small_model, layout)
+    states = engine.optimizer.state.values()
+    assert parts["weights"] == sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    assert parts["gradients"] == sum(p.grad.nbytes for p in network.parameters())
+    assert parts["moments"] == sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+    assert parts["master_weights"] == parts["gradient_buckets"] == 0
+    assert parts["total"] == sum(size for part, size in parts.items() if part != "total")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ep", "zero", "weights", "master", "moments", "gradients"),
+    [
+        # bytes of flat weights, master partition, moments; most that one rank kept of gradients at the optimizer step
+        (1, 1, 1, 7_564_800, 7_564_800, 15_129_600, 7_564_800),
+        (2, 1, 1, 7_564_800, 3_782_400, 7_564_800, 4_474_880),
+        (2, 1, 2, 7_564_800, 3_782_400, 7_564_800, 4_474_880),
+        (2, 2, 1, 5_205_504, 3_782_400, 7_564_800, 3_876_864),
+        (4, 2, 1, 5_205_504, 1_891_200, 3_782_400, 2_827_776),
+        (4, 2, 2, 5_205_504, 1_891_200, 3_782_400, 2_827_776),
+    ],
+)
+def test_deepspeed_holds_what_its_engine_was_seen_to_hold(gpus, ep, zero, weights, master, moments, gradients):
+    layout = Layout(gpus, ep, zero, 2, 64, micro_steps=2, activation_bytes=4, deepspeed=True)
+    parts, own = memory_bytes(COUNTED, layout), shares(COUNTED, layout)
+    biases = 4 * 16 * 3
+    assert (parts["weights"] - biases, parts["master_weights"], parts["moments"]) == (weights, master, moments)
+    assert gradients <= 4 * own.touched <= 1.1 * gradients  # an upper bound: parameter groups peak on different ranks
+
+
+def test_zero_and_expert_parallel_save_what_they_should():
+    on_one = memory_bytes(COUNTED, Layout())
+    zero = [memory_bytes(COUNTED, Layout(8, 1, stage, micro_steps=4, deepspeed=True)) for stage in (0, 1, 2)]
+    assert [parts["weights"] for parts in zero] == [on_one["weights"]] * 3
+    assert zero[0]["gradients"] == zero[1]["gradients"] == on_one["gradients"] > zero[2]["gradients"]
+    assert zero[0]["moments"] == on_one["moments"] == pytest.approx(8 * zero[1]["moments"], rel=1e-3)
+    assert zero[1]["moments"] == 2 * zero[1]["master_weights"] == zero[2]["moments"]
+    sharded = memory_bytes(COUNTED, Layout(8, 4, 1, deepspeed=True))
+    experts = 4 * 3 * 16 * 3 * 128 * 64
+    assert zero[1]["weights"] - sharded["weights"] == experts * 3 / 4
+    assert sharded["gradient_buckets"] == 4 * 500_000_000
+
+
+def test_thousands_of_gpus_are_no_trouble():
+    parts = memory_bytes(COUNTED, Layout(1_000_000, 16, 2, deepspeed=True))
+    assert 0 < parts["moments"] < 1000
+
+
+def test_cuda_keeps_less_of_a_norm():
+    layout = Layout()
+    fused, composed = (saved_for_backward(WIDE, layout, fused_norms=fused) for fused in (True, False))
+    assert composed.activations - fused.activations == layout.tokens * (2 * 3 + 1) * 96 * 4
+
+
+def test_constants_are_those_of_the_code_they_describe():
+    assert memory.CHUNK_ROWS == cross_entropy.CHUNK_ROWS
+    found = importlib.util.find_spec("deepspeed")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("deepspeed is not installed")
+    folder = Path(found.submodule_search_locations[0])  # its sources: importing it takes half a minute
+    defaults = (folder / "runtime/zero/config.py").read_text()
+    bucket = re.search(r"reduce_bucket_size: int = Field\(pp_int\((\w+)\)", defaults)
+    assert float(bucket.group(1)) == memory.REDUCE_BUCKET
+    assert "use_multi_rank_bucket_allreduce: bool = True" in defaults
+    assert f"max_group_size: Union[int, float] = {memory.MAX_EXPERT_GROUP}" in (folder / "moe/utils.py").read_text()
+    optimizer = (folder / "runtime/zero/stage_1_and_2.py").read_text()
+    assert f"self.nccl_start_alignment_factor = {memory.ALIGNMENT}" in optimizer
