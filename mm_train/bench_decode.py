@@ -1,4 +1,4 @@
-"""Tokens per second of decoding, beside the plain way of running a mixture: a Python loop over all experts.
+"""Tokens per second of decoding, beside plain ways of running a mixture: Python loops over experts.
 
 python -m mm_train.bench_decode configs/model/s.yaml
 """
@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.linear import linear
 from mm_train import config, rules
 from mm_train.cli import UserError, command
-from mm_train.generate import generate
+from mm_train.decode import generate
 from mm_train.model import MobileMoE
 from mm_train.moe import MoELayer
 from mm_train.release import load_release, save_release
@@ -25,18 +25,36 @@ from mm_train.release import load_release, save_release
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-class LoopMoELayer(MoELayer):
-    """The layer as first written down in most model files: every expert in turn asks which tokens chose it."""
+class AllExpertsLoop(MoELayer):
+    """Every expert in turn asks which tokens chose it, and computes them, be there any or not."""
 
     def infer(self, x_TD: Tensor) -> Tensor:
+        return self._loop(x_TD, range(self.model.num_local_experts))
+
+    def _loop(self, x_TD: Tensor, experts: Iterable[int] | None) -> Tensor:
         ids_TK, weights_TK = self._route(self.router(x_TD))
         y_TD = torch.zeros_like(x_TD)
-        for expert in range(self.model.num_local_experts):
+        for expert in ids_TK.unique().tolist() if experts is None else experts:
             token, k = torch.where(ids_TK == expert)
             gate, up = linear(x_TD[token], self.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
             out = linear(torch.nn.functional.silu(gate) * up, self.experts.down_proj[expert].T)
             y_TD.index_add_(0, token, out * weights_TK[token, k, None].to(out.dtype))
         return y_TD if self.shared_expert is None else y_TD + self.shared_expert(x_TD)
+
+
+class HitExpertsLoop(AllExpertsLoop):
+    """The same loop over the experts that some token chose."""
+
+    def infer(self, x_TD: Tensor) -> Tensor:
+        return self._loop(x_TD, None)
+
+
+# Ways to run the layer, all over the same weights with the same matrix products and the same cache.
+WAYS: dict[str, type[MoELayer]] = {
+    "as it is": MoELayer,
+    "loop over the chosen experts": HitExpertsLoop,
+    "loop over all experts": AllExpertsLoop,
+}
 
 
 def tokens_per_second(model: MobileMoE, prompt: list[int], tokens: int) -> float:
@@ -48,15 +66,15 @@ def tokens_per_second(model: MobileMoE, prompt: list[int], tokens: int) -> float
     return written / (time.perf_counter() - begun)
 
 
-def compare(model: MobileMoE, prompt: list[int], tokens: int, repeats: int) -> tuple[list[float], list[float]]:
-    """Speeds of the model as it is and with LoopMoELayer, in turns."""
-    speeds: tuple[list[float], list[float]] = ([], [])
+def compare(model: MobileMoE, prompt: list[int], tokens: int, repeats: int) -> dict[str, list[float]]:
+    """tokens/s of each of WAYS, measured in turns."""
+    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
     layers = model.moe_layers()
     for _ in range(repeats):
-        for kind, found in zip((MoELayer, LoopMoELayer), speeds, strict=True):
+        for way, kind in WAYS.items():
             for layer in layers:
                 layer.__class__ = kind
-            found.append(tokens_per_second(model, prompt, tokens))
+            speeds[way].append(tokens_per_second(model, prompt, tokens))
     return speeds
 
 
@@ -70,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.prompt_tokens, args.tokens, args.repeats) < 1:
         raise UserError("--prompt-tokens, --tokens and --repeats must be at least 1")
-    files, overrides = [a for a in args.config if "=" not in a], [a for a in args.config if "=" in a]
-    shape = config.load(files, overrides, check=lambda cfg: rules.validate_model(cfg.model)).model
+    shape = config.load_words(args.config, check=lambda cfg: rules.validate_model(cfg.model)).model
     if not shape.num_local_experts:
         raise UserError(f"{shape.name} is dense: there are no experts to loop over")
     torch.manual_seed(0)
@@ -82,21 +99,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.init_weights(0)
         save_release(model, Path(folder) / "release", "int4")
         del model
-        print(f"{torch.get_num_threads()} threads; tokens/s, median (lowest..highest) of {args.repeats}")
+        print(f"{torch.get_num_threads()} threads; tokens/s, median (lowest..highest) of {args.repeats}, and ratios")
         for dtype in DTYPES:
             model = load_release(Path(folder) / "release", dtype, "cuda" if torch.cuda.is_available() else "cpu")
-            ours, loop = compare(model, prompt, args.tokens, args.repeats)
-            ratio = statistics.median(a / b for a, b in zip(ours, loop, strict=True))
-            print(
-                f"{str(dtype).removeprefix('torch.'):9s} {speed(ours)}   loop {speed(loop)}   ratio {ratio:.2f}",
-                flush=True,
-            )
+            print(f"weights in {str(dtype).removeprefix('torch.')}")
+            show(compare(model, prompt, args.tokens, args.repeats))
             del model
     return 0
 
 
-def speed(values: list[float]) -> str:
-    return f"{statistics.median(values):6.1f} ({min(values):.1f}..{max(values):.1f})"
+def show(speeds: dict[str, list[float]]) -> None:
+    """One line a way; ratios are medians over measurements that followed each other."""
+    (_, ours), *_ = speeds.items()
+    for way, values in speeds.items():
+        ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
+        span = f"({min(values):.1f}..{max(values):.1f})"
+        print(f"  {way:30s} {statistics.median(values):6.1f} {span:16s} 1 / {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

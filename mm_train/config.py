@@ -210,6 +210,19 @@ def load(
     return config
 
 
+def load_words(words: Iterable[str], check: Callable[[Config], None] = validate) -> Config:
+    """`load` for the words of a command line: files, and overrides wherever they stand among them."""
+    return load(*split_words(words), check)
+
+
+def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(files, overrides): a word with "=" in it is an override."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for word in words:
+        parts["=" in word].append(word)
+    return parts
+
+
 def from_dict(values: Mapping[str, Any], origin: str) -> Config:
     """Config from plain values, as in a checkpoint; `origin` names the source in errors."""
     return _typed(_merge(OmegaConf.structured(Config), dict(values), origin), origin)
@@ -253,6 +266,8 @@ def _omegaconf_errors(origin: str) -> Iterator[None]:
     except OmegaConfBaseException as error:
         key = f" {error.full_key}:" if error.full_key else ""
         raise UserError(f"{origin}:{key} {str(error.msg or error).splitlines()[0]}") from None
+    except OverflowError as error:
+        raise UserError(f"{origin}: a number is too large: {error}") from None
 
 
 def refuse_unknown(values: Any, cls: type, prefix: str, origin: str) -> None:

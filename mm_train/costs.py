@@ -82,12 +82,10 @@ def matmul_parameters(model: Model) -> dict[str, int]:
     The tied embedding counts as the head; looking a row up is no matmul. Norms and the selection bias are none either.
     Of the routed experts those count that a token chooses.
     """
-    matrices = dict.fromkeys(inventory.PARTS, 0)
+    matrices = inventory.active_parameters(model)
     for entry in inventory.tensors(model):
-        if len(entry.shape) >= 2:
-            matrices[entry.part] += entry.size
-    if model.num_local_experts:
-        matrices["routed experts"] = matrices["routed experts"] // model.num_local_experts * model.num_experts_per_tok
+        if len(entry.shape) < 2:
+            matrices[entry.part] -= entry.size
     names = {"embedding": "head", "attention": "attention projections"}
     return {names.get(part, part): count for part, count in matrices.items() if count}
 
@@ -148,8 +146,8 @@ def communication(model: Model, layout: Layout) -> dict[str, int]:
     runtime/zero/stage_1_and_2.py, and counted call by call on two and four processes):
 
     - Gradients are all-reduced, not reduce-scattered: `use_multi_rank_bucket_allreduce` is on by default. A ring sends
-      2 (n - 1) / n of the data. ZeRO 0 and 1 do it once a step, ZeRO 2 in every micro-step.
-    - ZeRO 1 and 2 all-gather the weights after the step: (n - 1) / n of them.
+      2 (n - 1) / n of the data. ZeRO 1 does it once a step, ZeRO 2 in every micro-step.
+    - The weights are all-gathered after the step: (n - 1) / n of them.
     - n is the number of GPUs for the dense part, and GPUs / expert parallel for a GPU's share of the experts.
     - Dispatch and combine (mm_train.dispatch) each exchange the expert rows of a layer in the forward and again in the
       backward pass, in the activations' dtype; (ep - 1) / ep of them leave the GPU if routing is balanced.
@@ -166,7 +164,7 @@ def communication(model: Model, layout: Layout) -> dict[str, int]:
     ):
         ring = FLOAT * parameters * (ranks - 1) / ranks
         kinds[f"gradient_all_reduce_{name}"] = round(2 * ring * reductions)
-        kinds[f"weight_all_gather_{name}"] = round(ring) if layout.zero_stage else 0
+        kinds[f"weight_all_gather_{name}"] = round(ring)
     rows = layout.expert_rows(model) * model.num_hidden_layers * layout.micro_steps
     exchange = 2 * rows * model.hidden_size * layout.activation_bytes * (ep - 1) // ep
     kinds |= {"all_to_all_dispatch": exchange, "all_to_all_combine": exchange}

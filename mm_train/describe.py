@@ -36,7 +36,15 @@ SHAPE = (
     "scoring_func",
     "max_position_embeddings",
 )
-SCALED = ("days", "memory_gib", "fits", "micro_batch_size", "micro_steps", "global_batch_tokens", "comm_bytes_per_step")
+SCALED = (  # a line of `scale`
+    "days",
+    "memory_gib_total",
+    "fits",
+    "micro_batch_size",
+    "micro_steps",
+    "global_batch_tokens",
+    "comm_bytes_per_step_total",
+)
 EXAMPLES = """examples:
   python -m mm_train.describe configs/model/s.yaml
   python -m mm_train.describe configs/model/m.yaml configs/stage/midtrain.yaml --gpu h200 --mfu 0.3
@@ -60,12 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="KEY=N",
-        help="gpus, expert_parallel, zero_stage (0, 1, 2), micro_batch_size (rows of a GPU); what is left out comes"
+        help="gpus, expert_parallel, zero_stage (1, 2), micro_batch_size (rows of a GPU); what is left out comes"
         " from the config, gpus from its expert_parallel",
     )
-    parser.add_argument("--context", help="tokens of a row (default: a stage file's data.seq_len, else 2048)")
+    parser.add_argument(
+        "--context", help="tokens of a row, as 2048 or 2k: k is 1024 (default: a stage file's data.seq_len, else 2048)"
+    )
     parser.add_argument("--tokens", help="budget, as 6e12 or 500B (default: a stage file's train.tokens, else 6T)")
-    parser.add_argument("--mfu", default=str(MFU), help=f"model FLOPs over the GPU's peak, 0 to 1 (default: {MFU})")
+    parser.add_argument("--mfu", default=str(MFU), help=f"model FLOPs over the GPU's peak, up to 1 (default: {MFU})")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default: h100)")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     args = parser.parse_args(argv)
@@ -76,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(plan: Plan) -> dict[str, Any]:
     """All that is printed, as plain values: bytes, FLOPs and tokens as they are, memory in GiB, time in days."""
-    model, layout, gpu = plan.model, plan.layout, plan.gpu
+    model, layout, gpu, tokens = plan.model, plan.layout, plan.gpu, plan.cfg.train.tokens
     total, active = inventory.parameters(model), inventory.active_parameters(model)
     by_part = costs.train_flops(model, layout.context)
     train_flops = sum(by_part.values())
@@ -113,12 +123,12 @@ def describe(plan: Plan) -> dict[str, Any]:
         "memory_gib": used,
         "fits": used["total"] <= USABLE * gpu.memory_gib,
         "comm_bytes_per_step": costs.communication(model, layout),
-        "tokens": plan.tokens,
+        "tokens": tokens,
         "mfu": plan.mfu,
         "tokens_per_second_per_gpu": per_gpu,
         "seconds_per_step": batch / (per_gpu * layout.gpus),
-        "days": costs.days(plan.tokens, layout.gpus, per_gpu),
-        "gpu_hours": costs.days(plan.tokens, 1, per_gpu) * 24,
+        "days": costs.days(tokens, layout.gpus, per_gpu),
+        "gpu_hours": costs.days(tokens, 1, per_gpu) * 24,
         "scale": [_scaled(plan, gpus, per_gpu) for gpus in sorted({*SCALE, layout.gpus})],
         "assumptions": list(plan.assumptions),
     }
@@ -132,19 +142,19 @@ def memory_gib(plan: Plan) -> dict[str, float]:
 def _scaled(plan: Plan, gpus: int, per_gpu: float) -> dict[str, Any]:
     """A line of the scale table: what layout or batch does not allow on so many GPUs is None, with the reason."""
     try:
-        there = plan.scaled(gpus)
+        there = plan.on(gpus)
     except UserError as error:
         return {"gpus": gpus} | dict.fromkeys(SCALED) | {"why_not": str(error)}
     used = memory_gib(there)["total"]
     return {
         "gpus": gpus,
-        "days": costs.days(plan.tokens, gpus, per_gpu),
-        "memory_gib": used,
+        "days": costs.days(plan.cfg.train.tokens, gpus, per_gpu),
+        "memory_gib_total": used,
         "fits": used <= USABLE * plan.gpu.memory_gib,
         "micro_batch_size": there.layout.micro_batch_size,
         "micro_steps": there.layout.micro_steps,
         "global_batch_tokens": there.layout.tokens * gpus * there.layout.micro_steps,
-        "comm_bytes_per_step": costs.communication(there.model, there.layout)["total"],
+        "comm_bytes_per_step_total": costs.communication(there.model, there.layout)["total"],
         "why_not": None,
     }
 

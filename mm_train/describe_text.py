@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mm_train.costs import SECONDS_PER_DAY
+from mm_train.describe_plan import CONTEXT
 
 GIB, MIB = 2**30, 2**20
 MEMORY = {  # parts of memory.memory_bytes, for people
@@ -12,7 +13,7 @@ MEMORY = {  # parts of memory.memory_bytes, for people
     "moments": "AdamW's two moments, float32",
     "gradients": "gradients, float32",
     "activations": "activations saved for the backward pass",
-    "weight_copies": "weights in the activations' dtype, saved likewise",
+    "weight_copies": "{dtype} copies of the weights, kept for the backward pass",
     "loss_and_backward_buffers": "buffers of loss and backward pass",
     "gradient_buckets": "DeepSpeed's gradient buckets",
     "optimizer_step": "more in the optimizer step",
@@ -32,7 +33,7 @@ COMMUNICATION = {
 
 def text(facts: dict[str, Any]) -> str:
     """The whole report."""
-    sections = (_network, _parameters, _device, _compute, _memory, _communication, _time, _scale, _notes)
+    sections = (_network, _parameters, _device, _compute, _memory, _communication, _time, _scale, _notes, _hint)
     return "\n\n".join("\n".join(section(facts)) for section in sections)
 
 
@@ -63,7 +64,7 @@ def _parameters(facts: dict[str, Any]) -> Iterable[str]:
         for part, count in facts["params_by_part"].items()
     ]
     rows.append(("total", f"{facts['total_params']:,}", f"{active:,}", "100.0%"))
-    yield from _table(("part", "total", "active per token", "of the active"), rows)
+    yield from _table(("part", "total", "active per token", "share of active"), rows)
 
 
 def _device(facts: dict[str, Any]) -> Iterable[str]:
@@ -84,7 +85,10 @@ def _device(facts: dict[str, Any]) -> Iterable[str]:
         ],
     )
     needed = facts["int4_bytes"] + cache // 2 * longest
-    yield f"  int4 weights and an int8 cache of {longest:,} tokens: {needed / 1e9:.2f} GB (the paper allows 5 GB)"
+    yield (
+        f"  int4 weights and an int8 cache of {longest:,} tokens: {needed / GIB:.2f} GiB"
+        f" ({needed / 1e9:.2f} GB; the paper allows 5 GB, {5e9 / GIB:.2f} GiB)"
+    )
 
 
 def _compute(facts: dict[str, Any]) -> Iterable[str]:
@@ -118,9 +122,11 @@ def _memory(facts: dict[str, Any]) -> Iterable[str]:
     yield ""
     yield "Memory of one GPU (estimate)"
     parts = facts["memory_gib"]
-    yield from _table(("part", "GiB"), [(MEMORY[part], f"{size:,.2f}") for part, size in parts.items() if size])
+    dtype = "bf16" if layout["activation_dtype"] == "bfloat16" else "float32"
+    rows = [(MEMORY[part].format(dtype=dtype), f"{size:,.2f}") for part, size in parts.items() if size]
+    yield from _table(("part", "GiB"), rows)
     fits = "fits" if facts["fits"] else "does NOT fit"
-    yield f"  {fits} into the {gpu['memory_gib']:g} GB of {gpu['name']} with 5 % to spare for fragments"
+    yield f"  {fits} into the {gpu['memory_gib']:g} GiB of {gpu['name']} with 5 % to spare for fragments"
 
 
 def _communication(facts: dict[str, Any]) -> Iterable[str]:
@@ -131,15 +137,15 @@ def _communication(facts: dict[str, Any]) -> Iterable[str]:
         return
     rows = [(COMMUNICATION[kind], f"{size:,}", f"{size / GIB:,.2f}") for kind, size in kinds.items() if size]
     yield from _table(("kind", "bytes", "GiB"), rows)
-    rate = kinds["total"] / facts["seconds_per_step"] / 1e9
-    yield f"  {rate:,.1f} GB/s on average over a step of {facts['seconds_per_step']:,.3g} s"
+    rate = kinds["total"] / facts["seconds_per_step"] / GIB
+    yield f"  {rate:,.1f} GiB/s on average over a step of {facts['seconds_per_step']:,.3g} s"
 
 
 def _time(facts: dict[str, Any]) -> Iterable[str]:
     gpu = facts["gpu"]
     yield f"Time for {_short(facts['tokens'])} tokens (estimate)"
     yield (
-        f"  at {facts['mfu']:.0%} MFU of {gpu['tflops']:,} TFLOP/s (dense bf16, {gpu['source']}):"
+        f"  at {100 * facts['mfu']:.3g}% MFU of {gpu['tflops']:,} TFLOP/s (dense bf16, {gpu['source']}):"
         f" {facts['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU"
     )
     yield f"  {_days(facts['days'])} on {_gpus(facts['layout']['gpus'])}; {facts['gpu_hours']:,.0f} GPU hours"
@@ -147,18 +153,21 @@ def _time(facts: dict[str, Any]) -> Iterable[str]:
 
 def _scale(facts: dict[str, Any]) -> Iterable[str]:
     layout = facts["layout"]
-    yield f"The same on other numbers of GPUs (estimate): expert parallel {layout['expert_parallel']}, ZeRO as above"
+    yield (
+        f"The same on other numbers of GPUs (estimate): expert parallel {layout['expert_parallel']},"
+        f" ZeRO {layout['zero_stage']} on more than one"
+    )
     rows = []
     for line in facts["scale"]:
         cells = ["-"] * 6
         if line["why_not"] is None:
             cells = [
                 _days(line["days"]),
-                f"{line['memory_gib']:,.1f}",
+                f"{line['memory_gib_total']:,.1f}",
                 "yes" if line["fits"] else "no",
                 f"{line['micro_batch_size']} x {facts['context']:,}",
                 f"{line['micro_steps']:,}",
-                f"{line['comm_bytes_per_step'] / GIB:,.2f}",
+                f"{line['comm_bytes_per_step_total'] / GIB:,.2f}",
             ]
         rows.append((f"{line['gpus']:,}", *cells))
     yield from _table(("GPUs", "time", "GiB a GPU", "fits", "micro-batch", "micro-steps", "GiB sent a step"), rows)
@@ -179,6 +188,18 @@ def _notes(facts: dict[str, Any]) -> Iterable[str]:
         yield "        and it takes bf16 matmuls for granted, although this stage computes in float32"
     yield "  memory: every tensor this code keeps at the peak, on CUDA; nothing recomputed or offloaded (memory.py)"
     yield "  communication: ring algorithms, gradients and weights in float32, balanced routing (costs.py)"
+
+
+def _hint(facts: dict[str, Any]) -> Iterable[str]:
+    """What to ask next, as words that work for this network."""
+    experts = facts["shape"]["num_local_experts"]
+    stage = "configs/stage/pretrain.yaml"  # its rows are CONTEXT long, its experts on four GPUs
+    if facts["shape"]["max_position_embeddings"] < CONTEXT:
+        stage = "configs/stage/tiny/pretrain.yaml"
+    elif experts == 0 or experts % 4:
+        stage += " parallel.expert_parallel=1"
+    layout = "gpus=64" if experts == 0 or experts % 4 else "gpus=64 expert_parallel=4"
+    yield f"another layout: --parallel {layout}; a stage: add {stage}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:

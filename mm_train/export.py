@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_train import checkpoint, config, model_card
+from mm_train import checkpoint, config
 from mm_train.cli import UserError, command
 from mm_train.model_folder import find_tokenizer, load_model
 from mm_train.release import save_release
+from mm_train.run_facts import run_facts
 from mm_train.tokenizer import load_tokenizer
 
 QUANTISATION_AWARE, POST_TRAINING = "quantisation-aware training", "post-training quantisation"
@@ -40,8 +41,8 @@ def export(source: Path, out: Path, format: str, license: str | None = None) -> 
     quantisation = how(cfg, format)
     facts = {"stage": cfg.run.stage, "step": manifest["step"], "quantisation": quantisation}
     facts |= {"license": license} if license else {}
-    facts |= model_card.run_facts(source)
-    return save_release(load_model(folder), out, format, tokenizer, **facts), quantisation
+    facts |= run_facts(source)
+    return save_release(load_model(folder), out, format, tokenizer, facts=facts), quantisation
 
 
 def how(cfg: config.Config, format: str) -> str:

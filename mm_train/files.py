@@ -34,3 +34,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_file(path: Path) -> bool:
+    """Path.is_file, where a name that the system finds impossible is no file rather than an error."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Path.is_dir, likewise."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

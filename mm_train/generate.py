@@ -5,101 +5,32 @@ python -m mm_train.generate --model runs/quickstart/export --chat
 """
 
 import argparse
+import io
 import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mm_train.cli import UserError, command
+from mm_train.decode import generate
 from mm_train.files import write_atomic
 from mm_train.kv_cache import KVCache
 from mm_train.model import MobileMoE
 from mm_train.model_folder import find_tokenizer, load_model
-from mm_train.tokenizer import Tokenizer, load_tokenizer
-
-NUCLEUS = 1024  # likeliest tokens looked at first: sorting a whole vocabulary costs more than a layer
-
-
-@torch.inference_mode()
-def generate(
-    model: MobileMoE,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    stop_ids: Sequence[int] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    cache: KVCache | None = None,
-) -> Iterator[dict[int, int]]:
-    """Write on from several prompts at once. Each step yields {number of the prompt: its next token id}.
-
-    A row ends at a stop id (not yielded), after `max_new_tokens`, or at the end of the context; what it writes does not
-    depend on the other rows, which are padded on the left. `temperature` 0 takes the likeliest token; otherwise
-    sampling is from the smallest set of tokens whose probability reaches `top_p`, with one random stream a row.
-    `cache` (one prompt only) holds keys and values of the prompt's beginning, of fewer tokens than the prompt; it is
-    filled further. Raises UserError for an empty prompt and for one that fills the context.
-    """
-    context = model.config.max_position_embeddings
-    for prompt in prompts:
-        if not 0 < len(prompt) < context:
-            raise UserError(f"the prompt has {len(prompt)} tokens; it needs one, and the context holds {context}")
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    budgets = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-    if cache is None:
-        cache = model.new_cache(len(prompts), longest + max(budgets), padding)
-    device = model.model.embed_tokens.weight.device
-    pick = _picker(temperature, top_p, [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))])
-    padded = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-    tokens_BT = torch.tensor([row[cache.length :] for row in padded], device=device)
-    rows = list(range(len(prompts)))  # which prompts are still being written; their rows in the cache
-    for step in range(1, max(budgets) + 1):
-        logits_BV = model.logits(model.hidden(tokens_BT, cache)[:, -1])
-        tokens = pick(logits_BV, rows)
-        written = {row: token for row, token in zip(rows, tokens, strict=True) if token not in stop_ids}
-        if written:
-            yield written
-        going = [i for i, row in enumerate(rows) if row in written and step < budgets[row]]
-        if not going:
-            return
-        if len(going) < len(rows):
-            cache.keep_rows(going)
-            rows = [rows[i] for i in going]
-        tokens_BT = torch.tensor([[written[row]] for row in rows], device=device)
-
-
-def _picker(
-    temperature: float, top_p: float, generators: list[torch.Generator]
-) -> Callable[[Tensor, list[int]], list[int]]:
-    """A function from logits_BV and the numbers of their rows to one token a row."""
-
-    def sample(logits_V: Tensor, generator: torch.Generator) -> int:
-        probs_V = torch.softmax(logits_V / temperature, -1)
-        if top_p >= 1:
-            return int(torch.multinomial(probs_V, 1, generator=generator))
-        best, ids = probs_V.topk(min(NUCLEUS, len(probs_V)))
-        if float(best.sum()) < top_p:
-            best, ids = probs_V.sort(descending=True)
-        outside = best.cumsum(0) - best >= top_p  # never the likeliest
-        return int(ids[torch.multinomial(best.masked_fill(outside, 0), 1, generator=generator)])
-
-    def pick(logits_BV: Tensor, rows: list[int]) -> list[int]:
-        if temperature == 0:
-            return logits_BV.argmax(-1).tolist()
-        return [sample(logits, generators[row]) for logits, row in zip(logits_BV.float().cpu(), rows, strict=True)]
-
-    return pick
+from mm_train.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool, system: str | None = None) -> list[int]:
-    """Ids of a text to continue, or of a first question in the chat format."""
+    """Ids of a text to continue, or of a first question in the chat format. Raises UserError for broken UTF-8."""
+    for text in (prompt, system or ""):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"the prompt {text!r:.80} is not valid UTF-8")
     if not chat:
         return [tokenizer.bos_id, *tokenizer.encode(prompt)]
     messages = [{"role": "system", "content": system}] if system else []
@@ -119,18 +50,18 @@ class Writer:
         reused = cache.length if cache else 0
         decode, shown = self.tokenizer.decode_stream(), ""
         new: list[int] = []
-        begun = first = time.perf_counter()
+        begun = time.perf_counter()
+        first = None  # when the first token was there
         for written in generate(self.model, [ids], cache=cache, **self.options):
-            if not new:
-                first = time.perf_counter()
+            first = first or time.perf_counter()
             new.append(written[0])
             piece = decode(written[0])
             shown += piece
             print(piece, end="", flush=True)
-        decoding = time.perf_counter() - first
+        now = time.perf_counter()
         print(self.tokenizer.decode(new).removeprefix(shown))  # the beginning of a character that never came to its end
-        speed = f", {len(new)} written at {(len(new) - 1) / decoding:.1f} tokens/s" if len(new) > 1 else ""
-        tell(f"{len(ids) - reused} tokens read in {first - begun:.2f} s{speed}")
+        speed = f", {len(new)} written at {(len(new) - 1) / (now - first):.1f} tokens/s" if first and new[1:] else ""
+        tell(f"{len(ids) - reused} tokens read in {(first or now) - begun:.2f} s{speed}")
         return new
 
     def batch(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -147,6 +78,8 @@ class Writer:
 
     def converse(self, system: str | None) -> None:
         """Answer the lines of stdin until it ends; only what is new of the conversation is computed."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to stop
         tell("/reset begins anew, /quit or Ctrl-D ends")
         opening = [{"role": "system", "content": system}] if system else []
         messages = list(opening)
@@ -190,10 +123,15 @@ def tell(text: str) -> None:
 
 def read_samples(path: Path) -> list[dict[str, str]]:
     """What earlier calls appended to `path`; nothing if it is not there yet."""
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: {path.parent} is not a folder")
     try:
-        return json.loads(path.read_text()) if path.exists() else []
+        samples = json.loads(path.read_text()) if path.exists() else []
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(samples, list):
+        raise UserError(f"{path} holds {samples!r:.60}, not a list of samples: choose another file")
+    return samples
 
 
 @command
@@ -212,30 +150,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--append-to", type=Path, help="also append prompt and text to this JSON file")
     args = parser.parse_args(argv)
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        raise UserError(
-            f"--temperature {args.temperature} must not be negative, --top-p {args.top_p} must lie in (0, 1] and"
-            f" --max-new-tokens {args.max_new_tokens} must be at least 1"
-        )
-    if not args.prompt and not args.chat:
-        raise UserError("nothing to write about: give --prompt TEXT, or --chat for a conversation")
-    if args.system and not args.chat:
-        raise UserError("--system is a part of the chat format: add --chat")
+    for ok, message in (
+        (0 <= args.temperature < math.inf, f"--temperature is {args.temperature}; it must not be negative"),
+        (0 < args.top_p <= 1, f"--top-p is {args.top_p}; it must lie in (0, 1]"),
+        (args.max_new_tokens >= 1, f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1"),
+        (0 <= args.seed < 2**62, f"--seed is {args.seed}; it must lie in 0..2^62"),
+        (args.prompt or args.chat, "nothing to write about: give --prompt TEXT, or --chat for a conversation"),
+        (args.chat or not args.system, "--system is a part of the chat format: add --chat"),
+        (args.prompt or not args.append_to, "--append-to keeps answers to --prompt, not a conversation"),
+    ):
+        if not ok:
+            raise UserError(message)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(find_tokenizer(args.model))
     samples = read_samples(args.append_to) if args.append_to else []
+    prompts = [encode_prompt(tokenizer, prompt, args.chat, args.system) for prompt in args.prompt or ()]
+    model = load_model(args.model, getattr(torch, args.dtype), device)
+    check_vocabulary(tokenizer, model.config)
     writer = Writer(
-        load_model(args.model, getattr(torch, args.dtype), device),
+        model,
         tokenizer,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
     )
-    if not args.prompt:
+    if not prompts:
         writer.converse(args.system)
         return 0
-    prompts = [encode_prompt(tokenizer, prompt, args.chat, args.system) for prompt in args.prompt]
     if len(prompts) == 1:
         print(f"--- {args.prompt[0]}")
         texts = [tokenizer.decode(writer.stream(prompts[0]))]

@@ -34,9 +34,14 @@ class KVCache:
         self.padding_B = torch.tensor(padding, device=device) if padding and any(padding) else None
 
     def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; returns all of them, [B, G, S, C] views. `advance` ends the step."""
+        """Store a layer's new keys and values; returns all of them, [B, G, S, C] views. `advance` ends the step.
+
+        Raises ValueError when they do not fit.
+        """
         keys, values = self._keys[layer], self._values[layer]
         end = self.length + k_BGTC.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"a cache for {self.capacity} tokens cannot take {end}")
         keys[:, :, self.length : end] = k_BGTC
         values[:, :, self.length : end] = v_BGTC
         return keys[:, :, :end], values[:, :, :end]

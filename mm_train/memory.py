@@ -168,21 +168,19 @@ def memory_bytes(model: Model, layout: Layout) -> dict[str, int]:
     "optimizer_step" is alive), and the optimizer step, when activations are gone. "optimizer_step" is what the second
     needs beyond the first, usually 0, so that the parts add up. What the allocator loses in fragments is not in it.
 
-    Plain engine: 4 bytes a parameter each for weight, gradient and two moments. DeepSpeed with ZeRO 0: the same. With
-    ZeRO 1: weights and gradients whole, a float32 master copy of this GPU's part although the weights are float32
-    already, and moments of that part. With ZeRO 2: gradients of that part only, and those of a micro-step beside the
-    sum of the ones before. "Part" is over all GPUs for the dense parameters, and over those with the same experts.
+    Plain engine: 4 bytes a parameter each for weight, gradient and two moments. ZeRO 1: weights and
+    gradients whole, a float32 master copy of this GPU's part although the weights are float32 already, and moments of
+    that part. ZeRO 2: gradients of that part only, and those of a micro-step beside the sum of the ones before. "Part"
+    is over all GPUs for the dense parameters, and over those with the same experts.
     """
     own = shares(model, layout)
-    zero = layout.zero_stage if layout.deepspeed else 0
+    zero = layout.zero_stage if layout.deepspeed else 0  # 0: the plain engine
     saved = saved_for_backward(model, layout)
     biases = FLOAT * model.num_local_experts * model.num_hidden_layers
     gradients, buckets = FLOAT * own.parameters, 0
     bucketed = FLOAT * min(REDUCE_BUCKET, own.parameters)  # the copy of a full bucket that is all-reduced
     step = gradients  # gradients and buffers at their most in the optimizer step
-    if layout.deepspeed and zero == 0:
-        step = gradients + bucketed
-    elif zero == 1:
+    if zero == 1:
         buckets = FLOAT * REDUCE_BUCKET
         # while the last buckets fill, gradients become parts; then parts are flattened, group by group
         step = max(gradients - bucketed + buckets + FLOAT * own.touched, FLOAT * (own.touched + own.partition))

@@ -1,26 +1,22 @@
 """The model card (README.md) of a release folder: what it is, how it was trained, how to load it. Torch-free.
 
-Only what is known is said: `run_facts` gathers what the run folders record, and a missing fact leaves its line out.
+Only what is known is said: a missing fact leaves its line out. mm_train.run_facts gathers them.
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mm_train import config, inventory
-from mm_train.cli import UserError
 from mm_train.log_lines import short
 from mm_train.rules import INT4_GROUP
-from mm_train.run_folder import read_stage
-from mm_train.shards import read_manifest
 
 
 def render(model: config.Model, format: str, facts: Mapping[str, Any]) -> str:
     """The card in Markdown, with the front matter that the Hugging Face Hub reads.
 
     `format` is "bf16" or "int4". Known `facts`, all optional: `license` (of the weights, an identifier of the Hub),
-    `weight_bytes`, `quantisation` (how int4 numbers came about), and `stages` as `run_facts` gives them.
+    `weight_bytes`, `quantisation` (how int4 numbers came about), and `stages` as mm_train.run_facts gives them.
     """
     parts = [
         _front_matter(model, format, facts),
@@ -177,86 +173,3 @@ def _count(value: float | None) -> str:
 
 def _bits(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def run_facts(run: Path) -> dict[str, Any]:
-    """What is known of how the weights of a run or checkpoint folder came about, for `render`.
-
-    `stages`, first to last, follows `init_from` back as far as the folders exist. Each has `stage`, and where they are
-    recorded `steps`, `tokens`, `seq_len`, `quantisation_aware`, `data` (source -> share of the mixture and licence),
-    `bits_per_byte` (held-out source -> value), and `init_from` when the folder before it is not a run that is still
-    there. JSON values only. No record at all: {}.
-    """
-    stages: list[dict[str, Any]] = []
-    seen: set[Path] = set()
-    folder: Path | None = run
-    while folder is not None:
-        step = None
-        if folder.parent.name == "checkpoints":  # a checkpoint of a run
-            step, folder = _step(folder), folder.parent.parent
-        if folder.resolve() in seen or not (folder / "metrics.jsonl").is_file():
-            break
-        seen.add(folder.resolve())
-        try:
-            facts, folder = _stage_facts(folder, step)
-        except UserError:  # a damaged record
-            break
-        if stages:
-            del stages[0]["init_from"]
-        stages.insert(0, facts)
-    return {"stages": stages} if stages else {}
-
-
-def _stage_facts(run: Path, step: int | None) -> tuple[dict[str, Any], Path | None]:
-    """Facts of one run, up to its checkpoint `step` (None: the latest), and the folder it was initialised from."""
-    stage = read_stage(run)
-    step = step or _latest_step(run) or stage.steps
-    facts: dict[str, Any] = {"stage": stage.name}
-    if step:
-        facts["steps"] = step
-        batch = stage.facts.get("global_batch_tokens")
-        facts |= {"tokens": step * batch} if batch else {}
-    measured = {
-        source: records[-1]["bits_per_byte"]
-        for source, all_records in stage.validation.items()
-        if (records := [r for r in all_records if r["step"] <= step and r.get("bits_per_byte") is not None])
-    }
-    facts |= {"bits_per_byte": measured} if measured else {}
-    try:
-        cfg = config.load([run / "config.yaml"], check=lambda _: None)
-    except UserError:  # missing, or of another version
-        return facts, None
-    facts |= {"seq_len": cfg.data.seq_len, "quantisation_aware": cfg.quant.enabled}
-    total = sum(cfg.data.mixture.values())
-    facts["data"] = {
-        source: {"weight": weight / total} | _licence(Path(cfg.data.path) / source)
-        for source, weight in cfg.data.mixture.items()
-        if weight > 0
-    }
-    if cfg.init_from:
-        facts["init_from"] = Path(cfg.init_from).name
-    return facts, Path(cfg.init_from) if cfg.init_from else None
-
-
-def _licence(source: Path) -> dict[str, str]:
-    """The licence of a data source, if its shards are still there."""
-    try:
-        return {"licence": read_manifest(source / "train").licence}
-    except (UserError, OSError):
-        return {}
-
-
-def _latest_step(run: Path) -> int | None:
-    """Step of a run's newest checkpoint."""
-    try:
-        return _step(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip())
-    except OSError:
-        return None
-
-
-def _step(checkpoint: Path) -> int | None:
-    """Step of a checkpoint folder. (mm_train.checkpoint would load torch.)"""
-    try:
-        return int(json.loads((checkpoint / "manifest.json").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

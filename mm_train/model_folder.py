@@ -6,6 +6,7 @@ import torch
 
 from mm_train import checkpoint, config
 from mm_train.cli import UserError
+from mm_train.files import is_file, is_folder
 from mm_train.model import MobileMoE
 from mm_train.quant import FakeQuant, enable_fake_quant
 from mm_train.release import build, load_release
@@ -19,10 +20,10 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     and keeps its matrices in float32. Raises UserError when the folder holds no model or a damaged one.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        return load_release(path, dtype, device)
-    if not path.is_dir():
+    if not is_folder(path):
         raise UserError(f"model folder not found: {path}")
+    if is_file(path / "config.json"):
+        return load_release(path, dtype, device)
     reader = checkpoint.Reader(checkpoint.find(path))
     quant = reader.run_config.quant
     tensors = ((name, reader.read(name)) for name in reader.where)
@@ -47,10 +48,10 @@ def load_weights(model: MobileMoE, path: Path) -> None:
 def find_tokenizer(path: str | Path) -> Path:
     """Folder of the tokenizer of a release, run or checkpoint folder. Raises UserError when there is none."""
     path = Path(path)
-    if not path.is_dir():
+    if not is_folder(path):
         raise UserError(f"model folder not found: {path}")
     for folder in (path, path.parent.parent):  # a checkpoint lies two levels below its run
-        if (folder / "tokenizer.json").is_file():
+        if is_file(folder / "tokenizer.json"):
             return folder
     raise UserError(f"{path} has no tokenizer.json")
 

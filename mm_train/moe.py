@@ -105,7 +105,8 @@ class MoELayer(nn.Module):
         ids_TK, weights_TK = self._route(self.router(x_TD))
         narrow_TD = x_TD.to(self.experts.down_proj.dtype)  # as kernels.linear would, once for all
         y_TD = experts_of_few_tokens(narrow_TD, ids_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj)
-        return y_TD if self.shared_expert is None else y_TD + self.shared_expert(narrow_TD)
+        y_TD = y_TD if self.shared_expert is None else y_TD + self.shared_expert(narrow_TD)
+        return y_TD.to(x_TD.dtype)
 
     def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """ids_TK and weights_TK."""

@@ -21,7 +21,6 @@ from mm_train import config
 from mm_train.cli import UserError
 from mm_train.rules import INT4_GROUP
 
-GROUP = INT4_GROUP
 QMIN, QMAX = -8, 7
 
 
@@ -31,9 +30,9 @@ def quantise(weight: Tensor, axis: int = -1) -> tuple[Tensor, Tensor]:
     Raises UserError when the length along `axis` is no multiple of 32, or when a value is not finite.
     """
     length = weight.shape[axis]
-    if length % GROUP:
+    if length % INT4_GROUP:
         raise UserError(
-            f"cannot quantise shape {tuple(weight.shape)}: axis {axis} ({length}) is not a multiple of {GROUP}"
+            f"cannot quantise shape {tuple(weight.shape)}: axis {axis} ({length}) is not a multiple of {INT4_GROUP}"
         )
     groups = _grouped(weight.float(), axis)
     largest = groups.abs().amax(-1)
@@ -50,10 +49,13 @@ def dequantise(codes: Tensor, scales: Tensor, axis: int = -1) -> Tensor:
 
 
 def codes_of(weight: Tensor, scales: Tensor, axis: int = -1) -> Tensor | None:
-    """int8 codes with which `dequantise` gives exactly `weight`; None when it is not such a product of `scales`."""
-    codes = dequantise(weight, scales.float().reciprocal().masked_fill_(scales == 0, 0.0), axis).round_()
+    """int8 codes with which `dequantise` gives exactly `weight`, in its dtype; None when there are none.
+
+    Codes of groups whose scale is 0 are 0, whatever they were.
+    """
+    codes = dequantise(weight.float(), scales.float().reciprocal().masked_fill_(scales == 0, 0.0), axis).round_()
     codes = codes.clamp_(QMIN, QMAX).to(torch.int8)
-    return codes if torch.equal(dequantise(codes, scales, axis), weight.float()) else None
+    return codes if torch.equal(dequantise(codes, scales, axis).to(weight.dtype), weight) else None
 
 
 def fake_quantise(weight: Tensor, axis: int = -1) -> Tensor:
@@ -80,7 +82,7 @@ def fake_quantise_activations(x: Tensor) -> Tensor:
 
 def _grouped(x: Tensor, axis: int) -> Tensor:
     """`axis` last and split into groups: [..., n / 32, 32]."""
-    return x.movedim(axis, -1).unflatten(-1, (-1, GROUP))
+    return x.movedim(axis, -1).unflatten(-1, (-1, INT4_GROUP))
 
 
 def _ungrouped(groups: Tensor, axis: int) -> Tensor:

@@ -6,7 +6,9 @@ model = load_release("out/")
 
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -24,10 +26,15 @@ from mm_train.model import MobileMoE
 from mm_train.quant import codes_of, dequantise, pack, quantise, unpack
 from mm_train.release_files import WeightFiles, read_json
 from mm_train.release_format import FORMATS, INDEX, MARK, METADATA, WEIGHTS, Stored, stored_tensors
-from mm_train.tokenizer import Tokenizer
+from mm_train.tokenizer import Tokenizer, check_vocabulary
 
 MAX_SHARD_BYTES = 5 * 10**9  # longer weights are split; int4 of every published size stays one file
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+# Names of what a release folder of ours can hold (Python leaves __pycache__ when transformers runs the code).
+OWN_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|README\.md|__pycache__"
+    r"|(configuration|modeling)_mobilemoe\.py|model(-\d{5}-of-\d{5})?\.safetensors"
+)
 
 
 def save_release(
@@ -36,56 +43,85 @@ def save_release(
     format: str = "bf16",
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    **facts: object,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a release folder and return its weight files. The folder appears whole or not at all.
 
     `format` is "bf16" or "int4"; weights of more than `max_shard_bytes` become several files with an index. `facts` of
-    where the weights come from go into the model card (mm_train.model_card), single values into config.json too.
-    Raises UserError for another format, non-finite weights or an existing non-release folder at `path`.
+    where the weights come from go into the model card (mm_train.model_card), single values into config.json too. A
+    model that was loaded from an int4 release and not changed since keeps that release's codes and scales.
+    Raises UserError for another format, non-finite weights, a tokenizer with more tokens than the model, and where
+    `path` holds anything but an earlier release of this project.
     """
     if format not in FORMATS:
         raise UserError(f"unknown release format {format!r}; it must be bf16 or int4")
-    path = Path(path)
-    if path.exists() and not _is_ours(path):
-        raise UserError(f"{path} exists and was not written by this project: choose another place, or remove it")
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    path = Path(path).resolve()
+    foreign = _foreign(path)
+    if foreign is not None:
+        raise UserError(f"{foreign} exists and was not written by this project: choose another place, or remove it")
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config)
+    scratch: Path | None = None
     try:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        files = _write_weights(model, format, partial, max_shard_bytes)
-        single = {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
-        values = release_format.release_config(model.config, format, single) | {"auto_map": hf.AUTO_MAP}
-        if tokenizer is not None:
-            ids = hf.generation_config(tokenizer.bos_id, tokenizer.stop_ids, tokenizer.pad_id)
-            values |= {key: ids[key] for key in ("bos_token_id", "eos_token_id")}
-            _write_json(partial / "generation_config.json", ids)
-            tokenizer.save(partial)
-        _write_json(partial / "config.json", values)
-        for code in hf.code_files():
-            shutil.copyfile(code, partial / code.name)
-        facts |= {"weight_bytes": sum((partial / file).stat().st_size for file in files)}
-        (partial / "README.md").write_text(model_card.render(model.config, format, facts), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # What is made here lies in a folder of its own name, so nothing of anybody else's can be in the way.
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        new, old = scratch / "new", scratch / "old"
+        files = _write_folder(model, new, format, tokenizer, max_shard_bytes, dict(facts or {}))
         if path.exists():
             os.replace(path, old)
-        publish(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            publish(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the release to {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     return [path / file for file in files]
 
 
-def _is_ours(path: Path) -> bool:
-    """Is this an empty folder or a release that this project wrote, so that it may be replaced?"""
+def _foreign(path: Path) -> Path | None:
+    """The first thing at `path` that is not part of a release which this project wrote, and so may not be replaced."""
     if not path.is_dir():
-        return False
+        return path if path.exists() else None
+    names = {entry.name for entry in path.iterdir()}
+    unknown = sorted(name for name in names if not OWN_FILES.fullmatch(name))
+    if unknown:
+        return path / unknown[0]
     try:
-        return not any(path.iterdir()) or MARK in json.loads((path / "config.json").read_text())
+        return None if not names or MARK in json.loads((path / "config.json").read_text()) else path
     except (OSError, ValueError, TypeError):
-        return False
+        return path
+
+
+def _write_folder(
+    model: MobileMoE,
+    folder: Path,
+    format: str,
+    tokenizer: Tokenizer | None,
+    max_shard_bytes: int,
+    facts: dict[str, Any],
+) -> list[str]:
+    """Everything that a release holds; returns the names of the weight files."""
+    folder.mkdir()
+    files = _write_weights(model, format, folder, max_shard_bytes)
+    single = {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
+    values = release_format.release_config(model.config, format, single) | {"auto_map": hf.AUTO_MAP}
+    if tokenizer is not None:
+        ids = hf.generation_config(tokenizer.bos_id, tokenizer.stop_ids, tokenizer.pad_id)
+        values |= {key: ids[key] for key in ("bos_token_id", "eos_token_id")}
+        _write_json(folder / "generation_config.json", ids)
+        tokenizer.save(folder)
+    _write_json(folder / "config.json", values)
+    for code in hf.code_files():
+        shutil.copyfile(code, folder / code.name)
+    facts["weight_bytes"] = sum((folder / file).stat().st_size for file in files)
+    (folder / "README.md").write_text(model_card.render(model.config, format, facts), encoding="utf-8")
+    return files
 
 
 def _write_weights(model: MobileMoE, format: str, folder: Path, max_shard_bytes: int) -> list[str]:
@@ -152,8 +188,6 @@ def load_release(path: str | Path, dtype: torch.dtype = torch.float32, device: s
     or value, another network and another quantisation format.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise UserError(f"not a release folder: {path / 'config.json'} not found")
     values = read_json(path / "config.json")
     int4 = release_format.check_quantization(values, path / "config.json")
     shape = release_format.model_config(values, path / "config.json")
@@ -164,8 +198,7 @@ def load_release(path: str | Path, dtype: torch.dtype = torch.float32, device: s
         raise UserError(f"{path}: unknown tensor {unknown[0]}")
     scales: dict[str, Tensor] = {}
     model = build(shape, _decoded(files, names, scales), dtype, device)
-    if dtype == torch.float32:
-        model.int4_scales = scales
+    model.int4_scales = scales
     return model
 
 
@@ -189,10 +222,13 @@ def build(
 ) -> MobileMoE:
     """A model in eval mode out of its tensors, taken one by one: there is never a second copy of the whole.
 
-    Matrices are kept in `dtype`, router, norms and bias in float32. Activations are `dtype` on a GPU and float32 on a
-    CPU, where 16 bits save reading time (kernels.linear) and arithmetic is fastest in float32. Raises UserError for a
-    tensor that is missing, unknown or of the wrong shape.
+    Matrices are kept in `dtype` (float32, bfloat16, float16), router, norms and bias in float32. Activations are
+    `dtype` on a GPU. On a CPU they are float32, for arithmetic is fastest in it; where few rows meet 16-bit matrices,
+    the products are taken in 16 bits, which saves reading time (kernels.linear). Raises UserError for another dtype
+    and for a tensor that is missing, unknown or of the wrong shape.
     """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"a model is kept in float32, bfloat16 or float16, not {dtype}")
     missing = {entry.name: entry.shape for entry in inventory.tensors(shape)}
     with torch.device("meta"):
         model = MobileMoE(shape, torch.float32 if torch.device(device).type == "cpu" else dtype)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mm_train.cli import UserError
+from mm_train.files import is_file
 from mm_train.release_format import INDEX, WEIGHTS, Stored, readable_dtypes
 
 MAX_JSON_BYTES = 100 << 20  # safetensors' own limit for a header
@@ -32,7 +33,7 @@ class WeightFiles:
         self.folder = folder
         self.tensors: dict[str, Found] = {}
         self._opened: dict[str, Any] = {}
-        index = None if (folder / WEIGHTS).is_file() else _read_index(folder)
+        index = None if is_file(folder / WEIGHTS) else _read_index(folder)
         for file in [WEIGHTS] if index is None else sorted(set(index.values())):
             for name, dtype, shape in read_header(folder / file):
                 if index is not None and index.get(name) != file:
@@ -78,7 +79,7 @@ class WeightFiles:
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name of a sharded release. File names may not lead out of the folder."""
     path = folder / INDEX
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}")
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files:
@@ -86,8 +87,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     for name, file in files.items():
         if not isinstance(file, str) or file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
             raise UserError(f"{path}: file {file!r:.80} of tensor {name} must be the plain name of a .safetensors file")
-        if not (folder / file).is_file():
-            raise UserError(f"{path} names {file}, which is not in the folder")
+        if not is_file(folder / file):
+            raise UserError(f"{path} names {file:.80}, which is not in the folder")
     return files
 
 
@@ -110,6 +111,8 @@ def read_header(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError when it is missing, too long, or not one, or says a key twice."""
     try:
+        if not path.exists():
+            raise UserError(f"{path} not found")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path} is too long ({path.stat().st_size:,} bytes) to be what its name says")
         data = path.read_bytes()

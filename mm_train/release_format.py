@@ -122,26 +122,27 @@ def release_config(model: config.Model, format: str, facts: dict[str, Any]) -> d
 
 
 def model_config(values: dict[str, Any], path: Path) -> config.Model:
-    """The network that a config.json describes.
+    """The network that a config.json describes. Values are taken as they are, never converted or interpolated.
 
     Raises UserError for a missing key, a value of the wrong type or range, and a key that describes another network.
     """
     if values.get("model_type") != "mobilemoe":
         raise UserError(f"{path}: model_type is {values.get('model_type')!r:.60}; it must be 'mobilemoe'")
     values = _separate_rope(values, path)
-    optional = {"name", "initializer_range", "scoring_func"}
-    keys = [f.name for f in fields(config.Model)]
-    for key in keys:
-        if key not in values and key not in optional:
-            raise UserError(f"{path} lacks the key {key}")
-    known = {key: values[key] for key in keys if key in values and key != "name"}
+    known: dict[str, Any] = {}
+    for field in fields(config.Model):
+        if field.name in values and field.name not in ("name", "rope_scaling"):
+            known[field.name] = _typed(values[field.name], field.type, field.name, path)
+        elif field.name not in values and field.name not in ("name", "initializer_range", "scoring_func"):
+            raise UserError(f"{path} lacks the key {field.name}")
     mark = values.get(MARK)
-    known["name"] = str(mark["name"]) if isinstance(mark, dict) and "name" in mark else path.parent.name
+    name = mark.get("name") if isinstance(mark, dict) else None
+    known["name"] = name if isinstance(name, str) else path.parent.name
+    model = config.Model(**known, rope_scaling=_rope_scaling(values["rope_scaling"], path))
     try:
-        model = config.from_dict({"model": known}, str(path)).model
         validate_model(model)
     except UserError as error:
-        raise UserError(f"{path}: {str(error).removeprefix(f'{path}:').strip()}") from None
+        raise UserError(f"{path}: {error}") from None
     for key, value in CONSTANTS.items():
         if key in values and values[key] != value:
             raise UserError(f"{path}: {key} is {values[key]!r:.60}; it must be {value!r:.60}")
@@ -153,6 +154,26 @@ def model_config(values: dict[str, Any], path: Path) -> config.Model:
     return model
 
 
+def _typed(value: Any, kind: Any, key: str, path: Path) -> Any:
+    """`value` if it is of type `kind`; whole numbers serve as float."""
+    right = type(value) is kind or (kind is float and type(value) is int and abs(value) < 2**53)
+    if not right:
+        raise UserError(f"{path}: {key} is {value!r:.60}; it must be of type {kind.__name__}")
+    return kind(value)
+
+
+def _rope_scaling(scaling: Any, path: Path) -> config.RopeScaling | None:
+    if scaling is None:
+        return None
+    if not isinstance(scaling, dict):
+        raise UserError(f"{path}: rope_scaling is {scaling!r:.60}; it must be a mapping or null")
+    kinds = {field.name: field.type for field in fields(config.RopeScaling)}
+    for key in kinds:
+        if key not in scaling:
+            raise UserError(f"{path}: rope_scaling lacks the key {key}")
+    return config.RopeScaling(**{k: _typed(scaling[k], kind, f"rope_scaling.{k}", path) for k, kind in kinds.items()})
+
+
 def _separate_rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """transformers 5 writes rope_theta and rope_scaling as one mapping, rope_parameters."""
     joined = values.get("rope_parameters")
@@ -161,10 +182,13 @@ def _separate_rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(joined, dict):
         raise UserError(f"{path}: rope_parameters is {joined!r:.60}; it must be a mapping")
     scaling = {key: value for key, value in joined.items() if key != "rope_theta"}
-    separate = {"rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
+    separate: dict[str, Any] = {"rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
     if "rope_theta" in joined:
         separate["rope_theta"] = joined["rope_theta"]
-    return separate | values
+    for key, value in separate.items():
+        if values.get(key) is not None and values[key] != value:
+            raise UserError(f"{path}: rope_parameters says {value!r:.60} of {key}, which itself is {values[key]!r:.60}")
+    return values | separate
 
 
 def check_quantization(values: dict[str, Any], path: Path) -> bool:

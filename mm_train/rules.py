@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mm_train.cli import UserError
@@ -21,52 +21,119 @@ CHOICES = {
     "parallel.zero_stage": (1, 2),
     "log.wandb": ("auto", "online", "offline", "disabled"),
 }
-_POSITIVE = {
-    "model": [
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "routed_scaling_factor",
-        "rms_norm_eps",
-        "rope_theta",
-        "max_position_embeddings",
-        "initializer_range",
-    ],
-    "data": ["seq_len"],
-    "train": ["tokens", "global_batch_tokens", "micro_batch_size"],
-    "optim": ["lr", "eps"],
-    "moe": ["capacity_factor"],
-    "parallel": ["expert_parallel"],
-    "checkpoint": ["every", "keep"],
-    "log": ["every"],
+
+
+@dataclass(frozen=True)
+class Range:
+    """Allowed values of one key, `high` among them."""
+
+    low: float
+    high: float
+    above: bool = False  # `low` itself is too small
+
+    def allows(self, value: float) -> bool:
+        """Is the value, of any size, inside? NaN never is."""
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
+        return f"{'above' if self.above else 'at least'} {low} and at most {high}"
+
+
+WIDTH, COUNT = (
+    2**24,
+    10**12,
+)  # more than anyone trains, and little enough for arithmetic in float64 and loops over layers
+# A range ends where float32 would make 0, infinity or NaN of the value, or where it can only be a slip of the keyboard.
+RANGES = {
+    "model.vocab_size": Range(0, WIDTH, above=True),
+    "model.hidden_size": Range(0, WIDTH, above=True),
+    "model.intermediate_size": Range(0, WIDTH),
+    "model.intermediate_size_mlp": Range(0, WIDTH),
+    "model.num_hidden_layers": Range(0, 1024, above=True),
+    "model.num_attention_heads": Range(0, WIDTH, above=True),
+    "model.num_key_value_heads": Range(0, WIDTH, above=True),
+    "model.head_dim": Range(0, WIDTH, above=True),
+    "model.num_local_experts": Range(0, 65_536),
+    "model.num_experts_per_tok": Range(0, 65_536),
+    "model.routed_scaling_factor": Range(0, 1e4, above=True),
+    "model.rms_norm_eps": Range(1e-12, 0.1),
+    "model.rope_theta": Range(1, 1e12),
+    "model.max_position_embeddings": Range(0, WIDTH, above=True),
+    "model.initializer_range": Range(0, 10, above=True),
+    "model.rope_scaling.factor": Range(0.001, 1e6, above=True),
+    "model.rope_scaling.original_max_position_embeddings": Range(0, WIDTH, above=True),
+    "model.rope_scaling.low_freq_factor": Range(0.001, 1e6, above=True),
+    "model.rope_scaling.high_freq_factor": Range(0.001, 1e6, above=True),
+    "data.seq_len": Range(0, WIDTH, above=True),
+    "train.tokens": Range(0, 10**18, above=True),
+    "train.global_batch_tokens": Range(0, COUNT, above=True),
+    "train.micro_batch_size": Range(0, 65_536, above=True),
+    "train.seed": Range(0, COUNT),
+    "train.validate_every": Range(0, COUNT),
+    "train.validation_tokens": Range(0, COUNT),
+    "optim.lr": Range(0, 10, above=True),
+    "optim.min_lr_ratio": Range(0, 1),
+    "optim.warmup_steps": Range(0, COUNT),
+    "optim.eps": Range(1e-30, 1),
+    "optim.weight_decay": Range(0, 10),
+    "optim.clip_grad_norm": Range(0, 1e6),
+    "moe.capacity_factor": Range(0, 1000, above=True),
+    "moe.bias_update_rate": Range(0, 10),
+    "moe.z_loss_weight": Range(0, 1000),
+    "parallel.expert_parallel": Range(0, 65_536, above=True),
+    "checkpoint.every": Range(0, COUNT, above=True),
+    "checkpoint.keep": Range(0, COUNT, above=True),
+    "log.every": Range(0, COUNT, above=True),
 }
-_NOT_NEGATIVE = {
-    "model": ["num_local_experts", "num_experts_per_tok", "intermediate_size", "intermediate_size_mlp"],
-    "train": ["seed", "validate_every", "validation_tokens"],
-    "optim": ["warmup_steps", "weight_decay", "clip_grad_norm"],
-    "moe": ["bias_update_rate", "z_loss_weight"],
-}
+MAX_WEIGHT = 1e9  # of a source in the mixture
 INT4_GROUP = 32  # weights that share a scale in mobilemoe-int4-g32
 Rules = Iterable[tuple[bool, str]]
 
 
 def validate(config: Config) -> None:
     """Check a whole training run. Raises UserError that names keys and values."""
-    for section in ("data", "train", "optim", "moe", "quant", "parallel", "checkpoint", "log"):
-        _check_values(section, getattr(config, section))
-    validate_model(config.model)
-    _refuse(_training_rules(config))
+    validate_training(config)
+    validate_stage(config)
     _refuse(_run_rules(config))
     config.micro_steps(config.parallel.expert_parallel)
 
 
+def validate_training(config: Config) -> None:
+    """Check what holds for any training of a network, whatever its budget: every value, and how they fit together.
+
+    Raises UserError that names keys and values.
+    """
+    for section in ("data", "train", "optim", "moe", "quant", "parallel", "checkpoint", "log"):
+        check_values(section, getattr(config, section))
+    validate_model(config.model)
+    _refuse(_training_rules(config))
+
+
+def validate_stage(config: Config) -> None:
+    """Check that budget, batch and schedule fit together. Raises UserError that names keys and values."""
+    _refuse(_stage_rules(config))
+
+
 def validate_model(model: Model) -> None:
     """Check the shape of a network alone. Raises UserError that names keys and values."""
-    _check_values("model", model)
+    check_values("model", model)
+    if model.rope_scaling is not None:
+        check_values("model.rope_scaling", model.rope_scaling)
     _refuse(_model_rules(model))
+
+
+def check_values(section: str, values: object) -> None:
+    """Check each value of one section by itself. Raises UserError that names key, value and what is allowed."""
+    for path in (*CHOICES, *RANGES):
+        parent, _, key = path.rpartition(".")
+        if parent != section:
+            continue
+        value = getattr(values, key)
+        if path in CHOICES and value not in CHOICES[path]:
+            raise UserError(f"{path} is {_shown(value)}; it must be one of {', '.join(map(str, CHOICES[path]))}")
+        if path in RANGES and not RANGES[path].allows(value):
+            raise UserError(f"{path} is {_shown(value)}; it must be {RANGES[path]}")
 
 
 def _model_rules(model: Model) -> Rules:
@@ -101,9 +168,6 @@ def _model_rules(model: Model) -> Rules:
             scaling.rope_type == "llama3",
             f"model.rope_scaling.rope_type is {scaling.rope_type!r}; it must be 'llama3'",
         )
-        for name in ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"):
-            value = getattr(scaling, name)
-            yield 0 < value < math.inf, f"model.rope_scaling.{name} is {value}; it must be above 0"
         yield (
             low <= high,
             f"model.rope_scaling.low_freq_factor ({low}) must not exceed high_freq_factor ({high})",
@@ -129,8 +193,15 @@ def _training_rules(config: Config) -> Rules:
         f" ({model.max_position_embeddings})",
     )
     yield train.seed < 2**31, f"train.seed ({train.seed}) must be below 2^31"
-    yield 0 <= optim.min_lr_ratio <= 1, f"optim.min_lr_ratio ({optim.min_lr_ratio}) must lie in 0..1"
     yield all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas} must lie in [0, 1)"
+    yield (
+        all(0 <= weight <= MAX_WEIGHT for weight in data.mixture.values()),
+        f"data.mixture has a negative or infinite weight, or one above {MAX_WEIGHT:g}: {data.mixture}",
+    )
+
+
+def _stage_rules(config: Config) -> Rules:
+    train, optim = config.train, config.optim
     yield (
         train.tokens >= train.global_batch_tokens,
         f"train.tokens ({train.tokens}) is less than one batch, train.global_batch_tokens"
@@ -146,33 +217,19 @@ def _training_rules(config: Config) -> Rules:
 def _run_rules(config: Config) -> Rules:
     mixture = config.data.mixture
     yield bool(mixture), "data.mixture is empty: name at least one source and its weight"
-    yield (
-        all(0 <= w < math.inf for w in mixture.values()),
-        f"data.mixture has a negative or infinite weight: {mixture}",
-    )
     yield sum(mixture.values()) > 0, f"data.mixture weights sum to 0: {mixture}"
     yield bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"
     yield bool(config.data.path), "data.path is empty: name a data set folder written by data_prep"
-
-
-def _check_values(section: str, values: object) -> None:
-    """Ranges of single values of one section."""
-    for path, allowed in CHOICES.items():
-        if path.startswith(section + "."):
-            value = getattr(values, path.removeprefix(section + "."))
-            if value not in allowed:
-                raise UserError(f"{path} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
-    for key in _POSITIVE.get(section, ()):
-        value = getattr(values, key)
-        if not 0 < value < math.inf:
-            raise UserError(f"{section}.{key} is {value}; it must be above 0")
-    for key in _NOT_NEGATIVE.get(section, ()):
-        value = getattr(values, key)
-        if not 0 <= value < math.inf:
-            raise UserError(f"{section}.{key} is {value}; it must not be negative")
 
 
 def _refuse(rules: Rules) -> None:
     for ok, message in rules:
         if not ok:
             raise UserError(message)
+
+
+def _shown(value: object) -> str:
+    """A value in a message. Python refuses to print whole numbers of more than 4300 digits."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return f"a whole number of {value.bit_length():,} bits"
+    return repr(value)

@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 
 from mm_train.cli import UserError
+from mm_train.config import Model
 from mm_train.files import write_atomic
 
 # Splits text into words before the merges; Llama-3's, also used for the small vocabularies.
@@ -148,6 +149,12 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
         write_atomic(folder / "tokenizer.json", self._json)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise UserError when a tokenizer has ids that a model has no row for."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(f"model.vocab_size ({model.vocab_size}) is below the tokenizer's {tokenizer.vocab_size}")
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("configs", nargs="+", metavar="FILE.yaml | key=value", help="config files, then overrides")
     args = parser.parse_args(argv)
-    cfg = config.load([a for a in args.configs if "=" not in a], [a for a in args.configs if "=" in a])
+    cfg = config.load_words(args.configs)
     done = Path(cfg.run.dir) / "DONE"
     if done.exists():
         print(f"{cfg.run.stage}: already finished ({done}); remove the run folder to train it again")
@@ -50,7 +50,7 @@ def train(cfg: config.Config) -> None:
     from mm_train.parallel import build_engine, init_groups, shard_experts
     from mm_train.quant import FakeQuant, enable_fake_quant
     from mm_train.statistics import Interval, progress
-    from mm_train.tokenizer import load_tokenizer
+    from mm_train.tokenizer import check_vocabulary, load_tokenizer
     from mm_train.validate import validate
 
     started = time.perf_counter()
@@ -60,8 +60,7 @@ def train(cfg: config.Config) -> None:
     loader = Loader(cfg.data.path, cfg.data.mixture, cfg.data.seq_len, cfg.train.seed)
     held_out = open_sources(cfg.data.path, cfg.data.validation, "val", cfg.data.seq_len)
     tokenizer = load_tokenizer(cfg.data.path)
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise UserError(f"model.vocab_size ({cfg.model.vocab_size}) is below the tokenizer's {tokenizer.vocab_size}")
+    check_vocabulary(tokenizer, cfg.model)
     groups = init_groups(cfg.parallel)
     global_rows = cfg.train.global_batch_tokens // cfg.data.seq_len
     micro_steps = cfg.micro_steps(groups.world)

@@ -36,6 +36,7 @@ TORCH_FREE = (
     "release_format",
     "report",
     "rules",
+    "run_facts",
     "run_folder",
     "shards",
     "tokenizer",

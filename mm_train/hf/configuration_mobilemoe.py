@@ -60,7 +60,7 @@ class MobileMoEConfig(PreTrainedConfig):
         routed_scaling_factor: float = 2.5,
         norm_topk_prob: bool = True,
         rms_norm_eps: float = 1e-5,
-        rope_theta: float = 500000.0,
+        rope_theta: float | None = None,
         rope_scaling: dict[str, Any] | None = None,
         rope_parameters: dict[str, Any] | None = None,
         max_position_embeddings: int = 8192,
@@ -87,9 +87,8 @@ class MobileMoEConfig(PreTrainedConfig):
         self.norm_topk_prob = norm_topk_prob
         self.rms_norm_eps = rms_norm_eps
         if rope_parameters is not None:
-            rope_theta = rope_parameters.get("rope_theta", rope_theta)
-            rope_scaling = None if rope_parameters.get("rope_type") == "default" else rope_parameters
-        self.rope_theta = rope_theta
+            rope_theta, rope_scaling = _separate_rope(rope_parameters, rope_theta, rope_scaling)
+        self.rope_theta = 500000.0 if rope_theta is None else rope_theta
         self.rope_scaling = _checked_scaling(rope_scaling)
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
@@ -101,7 +100,7 @@ class MobileMoEConfig(PreTrainedConfig):
         if scoring_func not in ("sigmoid", "softmax"):
             raise ValueError(f"scoring_func is {scoring_func!r}; it must be 'sigmoid' or 'softmax'")
         for key, value in INT4_LAYOUT.items():
-            if quantization is not None and quantization.get(key, None if key == "format" else value) != value:
+            if quantization is not None and quantization.get(key) != value:
                 raise ValueError(f"quantization.{key} is {quantization.get(key)!r}; this code reads {value!r}")
         # What every MobileMoE has. It is written down, so that other programs need not assume it.
         constants = {
@@ -119,6 +118,17 @@ class MobileMoEConfig(PreTrainedConfig):
             if kwargs.setdefault(key, value) != value:
                 raise ValueError(f"{key} is {kwargs[key]!r:.60}; this code implements {value!r:.60}")
         super().__init__(**kwargs)
+
+
+def _separate_rope(
+    joined: dict[str, Any], theta: float | None, scaling: dict[str, Any] | None
+) -> tuple[float | None, dict[str, Any] | None]:
+    """rope_theta and rope_scaling out of rope_parameters. Raises ValueError when they are given too and differ."""
+    found_theta = joined.get("rope_theta", theta)
+    found = _checked_scaling(None if joined.get("rope_type", "default") == "default" else joined)
+    if (theta is not None and theta != found_theta) or (scaling is not None and _checked_scaling(scaling) != found):
+        raise ValueError(f"rope_parameters {joined!r:.80} contradicts rope_theta {theta}, rope_scaling {scaling!r:.80}")
+    return found_theta, found
 
 
 def _checked_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -292,16 +292,16 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
             position_ids = torch.arange(past, past + length, device=x_BTD.device)[None]
         rope = rope_table(self.config, position_ids)
         mask = visible_keys(attention_mask, past, length, x_BTD.device)
-        hidden_states = [x_BTD]
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, rope, mask, past_key_values, past)
-            hidden_states.append(x_BTD)
-        hidden_states[-1] = x_BTD = self.norm(x_BTD)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states: tuple[Tensor, ...] | None = () if wanted else None
+        for layer in self.layers:
+            hidden_states = None if hidden_states is None else (*hidden_states, x_BTD)
+            x_BTD = layer(x_BTD, rope, mask, past_key_values, past)
+        x_BTD = self.norm(x_BTD)
         output = BaseModelOutputWithPast(
             last_hidden_state=x_BTD,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(hidden_states) if wanted else None,
+            hidden_states=None if hidden_states is None else (*hidden_states, x_BTD),
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

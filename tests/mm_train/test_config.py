@@ -63,6 +63,7 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("model.rope_scaling.factor=0", r"rope_scaling.factor is 0.0; it must be above 0"),
         ("model.rope_scaling.rope_type=yarn", r"rope_type is .yarn.; it must be .llama3"),
         ("run.dir=''", r"run.dir is empty"),
+        ("model.rope_theta=1" + "0" * 400, r"a number is too large"),
         ("data.mixture.code=-1", r"negative or infinite weight"),
     ],
 )

@@ -1,6 +1,7 @@
 """The command: every config, exact figures, the keys of its JSON, and one line for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mm_train.describe import main
+from mm_train.rules import RANGES
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted((ROOT / "configs/model").glob("*.yaml"))
@@ -64,6 +66,11 @@ def test_every_model_is_described(path, facts, text):
     for count in {said["total_params"], said["active_params"]}:
         assert f"{count:,}" in comment or path.stem == "tiny"
     assert max(map(len, report.splitlines())) < 160
+    hint = re.fullmatch(r"another layout: (.*); a stage: add (.*)", report.splitlines()[-1])
+    for words in hint.groups():
+        assert (
+            facts(path, *words.replace("configs/", f"{ROOT}/configs/").split())["total_params"] == said["total_params"]
+        )
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -117,6 +124,7 @@ def test_where_values_come_from(facts):
     assert (asked["context"], asked["tokens"], asked["mfu"]) == (1024, 2.5e9, 0.2)
     assert (asked["gpu"]["tflops"], asked["layout"]["micro_batch_size"]) == (312, 2)
     assert facts(S, "data.seq_len=4096")["context"] == 4096
+    assert [facts(S, "--context", size)["context"] for size in ("2k", "8K", "1,000")] == [2048, 8192, 1000]
     assert facts(ROOT / "configs/model/tiny.yaml")["context"] == 1024  # its longest
     tiny = facts(ROOT / "configs/model/tiny.yaml", ROOT / "configs/stage/tiny/pretrain.yaml")
     assert tiny["layout"]["activation_dtype"] == "float32"  # the stage leaves it out; training then takes the schema's
@@ -126,21 +134,55 @@ def test_one_gpu_to_thousands(facts, text):
     lines = {line["gpus"]: line for line in facts(S, PRETRAIN, "--parallel", "gpus=16")["scale"]}
     assert list(lines) == [1, 8, 16, 64, 512, 4096]
     assert lines[8]["days"] == pytest.approx(2 * lines[16]["days"])
-    assert lines[8]["memory_gib"] > lines[64]["memory_gib"]
+    assert lines[8]["memory_gib_total"] > lines[64]["memory_gib_total"]
     assert lines[512]["micro_batch_size"] == 4  # 8 rows on each of 512 GPUs would be more than the batch
-    assert (lines[1]["days"], lines[4096]["memory_gib"]) == (None, None)
-    assert "(4) must divide gpus (1)" in lines[1]["why_not"]
-    assert "must be a multiple of micro_batch_size (1)" in lines[4096]["why_not"]
+    assert (lines[1]["days"], lines[4096]["memory_gib_total"]) == (None, None)
+    assert "(4) must divide the number of processes (1)" in lines[1]["why_not"]
+    assert "must be a multiple of train.micro_batch_size (1)" in lines[4096]["why_not"]
     assert facts(S)["scale"][-1]["global_batch_tokens"] == 2 * 4_194_304  # one row on each of 4096, no batch asked for
     assert "4,096 GPUs: that is a global batch of 8,388,608 tokens" in text(S)
     report = text(S, PRETRAIN, "--parallel", "gpus=16")
-    assert "not on 4,096 GPUs: train.global_batch_tokens (4,194,304)" in report
+    assert "not on 4,096 GPUs: train.global_batch_tokens (4194304)" in report
+    assert "expert parallel 4, ZeRO 1 on more than one" in report
+
+
+def test_a_line_of_the_table_is_what_that_layout_is_said_to_take(facts):
+    line = next(line for line in facts(S, PRETRAIN)["scale"] if line["gpus"] == 512)
+    asked = facts(S, PRETRAIN, "--parallel", "gpus=512", f"micro_batch_size={line['micro_batch_size']}")
+    assert line["memory_gib_total"] == asked["memory_gib"]["total"]
+    assert line["comm_bytes_per_step_total"] == asked["comm_bytes_per_step"]["total"]
+
+
+def test_micro_batches_shrink_to_what_divides_the_batch(facts):
+    batch = f"train.global_batch_tokens={2048 * 8 * 45}"  # 45 rows on each of 8 GPUs
+    lines = {line["gpus"]: line for line in facts(S, batch, "--parallel", "micro_batch_size=40", "gpus=9")["scale"]}
+    assert (lines[8]["micro_batch_size"], lines[8]["micro_steps"]) == (15, 3)
+    # no batch asked for: it is rounded up instead, to rows of 3000 tokens here
+    lines = {line["gpus"]: line for line in facts(S, "--context", "3000")["scale"]}
+    assert (lines[8]["micro_batch_size"], lines[8]["global_batch_tokens"]) == (8, 22 * 8 * 8 * 3000)
 
 
 def test_what_does_not_fit_is_said(facts, text):
     words = (str(ROOT / "configs/model/l.yaml"), "--gpu", "a100-40")
     assert not facts(*words)["fits"]
-    assert "does NOT fit into the 40 GB" in text(*words)
+    assert "does NOT fit into the 40 GiB" in text(*words)
+
+
+def test_the_largest_that_the_rules_accept_has_finite_figures(capsys):
+    words = ["num_hidden_layers", "num_local_experts", "num_experts_per_tok", "hidden_size", "vocab_size"]
+    sizes = [f"model.{key}={RANGES[f'model.{key}'].high}" for key in words]
+    more = ["moe.dispatch=drop_and_pad", "moe.capacity_factor=1000", "--tokens", "1e18", "--mfu", "0.001"]
+    assert main([S, *sizes, *more, "--parallel", "gpus=1000000", "micro_batch_size=65536", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    assert not said["fits"]
+
+
+def test_one_system_of_units_but_for_the_papers_budget(text):
+    lines = text(S, PRETRAIN, "--parallel", "gpus=16").splitlines()
+    assert [line for line in lines if re.search(r"\b[GM]B\b", line)] == [
+        "  int4 weights and an int8 cache of 8,192 tokens: 0.74 GiB (0.80 GB; the paper allows 5 GB, 4.66 GiB)"
+    ]
+    assert any(re.fullmatch(r" +bf16 copies of the weights, kept for the backward pass +0\.68", line) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -150,23 +192,47 @@ def test_what_does_not_fit_is_said(facts, text):
         ("--parallel zero=1", "--parallel: unknown key zero"),
         ("--parallel gpus", "--parallel takes key=value, not 'gpus'"),
         ("--parallel gpus=many", "--parallel gpus is 'many'; it must be a whole number"),
-        ("--parallel gpus=0", "gpus is 0; it must be at least 1"),
-        ("--parallel micro_batch_size=-1", "micro_batch_size is -1; it must be at least 1"),
-        ("--parallel zero_stage=3", "zero_stage is 3; it must be 0, 1 or 2"),
-        ("--parallel gpus=6 expert_parallel=4", "expert_parallel (4) must divide gpus (6)"),
+        ("--parallel gpus=0", "gpus is 0; it must be 1 to 1,000,000"),
+        ("--parallel gpus=1000000000", "gpus is 1000000000; it must be 1 to 1,000,000"),
+        ("--parallel micro_batch_size=-1", "train.micro_batch_size is -1; it must be above 0"),
+        (
+            "--parallel micro_batch_size=1000000000",
+            "micro_batch_size is 1000000000; it must be above 0 and at most 65,5",
+        ),
+        ("--parallel zero_stage=3", "parallel.zero_stage is 3; it must be one of 1, 2"),
+        ("--parallel gpus=4 zero_stage=0", "parallel.zero_stage is 0; it must be one of 1, 2"),
+        ("--parallel gpus=6 expert_parallel=4", "expert_parallel (4) must divide the number of processes (6)"),
         ("--parallel gpus=7 expert_parallel=7", "expert_parallel (7) must divide model.num_local_experts (60)"),
-        ("parallel.engine=plain --parallel gpus=2", "parallel.engine=plain runs on one process; gpus is 2"),
+        ("parallel.engine=plain --parallel gpus=2", "parallel.engine=plain runs on one process; there are 2"),
         ("parallel.engine=mpi", "parallel.engine is 'mpi'"),
-        ("train.global_batch_tokens=100000 --parallel gpus=2", "(100,000) must be a multiple of micro_batch_size (8)"),
+        (
+            "train.global_batch_tokens=100000 --parallel gpus=2",
+            "(100000) must be a multiple of train.micro_batch_size (8)",
+        ),
         ("train.dtype=fp8", "train.dtype is 'fp8'; it must be one of float32, bfloat16"),
         ("moe.dispatch=drop", "moe.dispatch is 'drop'"),
         ("moe.capacity_factor=0", "moe.capacity_factor is 0.0; it must be above 0"),
-        ("train.tokens=0", "the token budget is 0"),
-        ("--tokens lots", "--tokens is 'lots'; it must be a number, such as 0.4, 6e12 or 500B"),
-        ("--tokens nan", "the token budget is nan"),
+        ("moe.capacity_factor=1e308", "moe.capacity_factor is 1e+308; it must be above 0 and at most 1,000"),
+        ("model.num_experts_per_tok=1", "the router learns nothing: set model.norm_topk_prob=false"),
+        ("model.num_hidden_layers=100000000", "num_hidden_layers is 100000000; it must be above 0 and at most 1,024"),
+        ("optim.lr=0", "optim.lr is 0.0; it must be above 0"),
+        (f"{PRETRAIN} optim.warmup_steps=10000000", "optim.warmup_steps (10000000) must be below"),
+        (f"{PRETRAIN} --tokens 1M", "train.tokens (1000000) is less than one batch"),
+        ("train.tokens=0", "train.tokens is 0; it must be above 0"),
+        (
+            "--tokens 1e308",
+            "train.tokens is a whole number of 1,024 bits; it must be above 0 and at most 1,000,000,000,",
+        ),
+        ("--tokens lots", "--tokens is 'lots'; it must be a number, such as 6e12 or 500B"),
+        ("--tokens nan", "--tokens is 'nan'; it must be a number"),
+        ("--tokens 1e308T", "--tokens is '1e308T'; it must be a number"),
+        ("--tokens B", "--tokens is 'B'; it must be a number"),
         ("--mfu 40", "--mfu is 40; it is a share of the GPU's peak"),
+        ("--mfu 1e-320", "--mfu is 1e-320; it is a share of the GPU's peak, 0.001 to 1"),
         ("--gpu h10", "--gpu: unknown h10 (did you mean h100?)"),
-        ("--context 9000", "the context (9000 tokens) must lie in 1..model.max_position_embeddings (8192)"),
+        ("--context 9000", "data.seq_len (9000) must not exceed model.max_position_embeddings (8192)"),
+        ("--context 0", "data.seq_len is 0; it must be above 0"),
+        ("--context long", "--context is 'long'; it must be a number, such as 2048 or 2k"),
         ("model.hidden_size=100", "model.hidden_size (100) must be a multiple of 32"),
         ("model.hiden_size=64", "unknown key model.hiden_size (did you mean model.hidden_size?)"),
         ("nowhere.yaml", "config file not found: nowhere.yaml"),

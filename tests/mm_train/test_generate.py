@@ -1,16 +1,18 @@
 """Text out of a model: batches, stops, sampling, conversations."""
 
-import importlib
+import dataclasses
 import io
 import json
 
 import pytest
 import torch
 
+from mm_train import decode
 from mm_train.cli import UserError
-from mm_train.generate import Writer, generate, main
+from mm_train.decode import generate
+from mm_train.generate import Writer, main
 from mm_train.model import MobileMoE
-from mm_train.release import save_release
+from mm_train.release import load_release, save_release
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_sampling_repeats_with_its_seed_and_stays_in_the_nucleus(model):
 def test_the_nucleus_may_be_wider_than_what_is_looked_at_first(model, monkeypatch):
     options = {"temperature": 5.0, "max_new_tokens": 8, "top_p": 0.9}
     want = written(model, [[1, 2]], **options)
-    monkeypatch.setattr(importlib.import_module("mm_train.generate"), "NUCLEUS", 1)
+    monkeypatch.setattr(decode, "NUCLEUS", 1)
     assert written(model, [[1, 2]], **options) == want
 
 
@@ -138,7 +140,12 @@ def test_the_command_appends_its_samples(model, byte_tokenizer, tmp_path, capsys
     [
         ([], "nothing to write about: give --prompt TEXT, or --chat"),
         (["--prompt", "a", "--system", "b"], "--system is a part of the chat format: add --chat"),
-        (["--prompt", "a", "--top-p", "0"], "--top-p 0.0 must lie in (0, 1]"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p is 0.0; it must lie in (0, 1]"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature is nan; it must not be negative"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature is -1.0; it must not be negative"),
+        (["--prompt", "a", "--seed", "9" * 30], "it must lie in 0..2^62"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
+        (["--chat", "--append-to", "x.json"], "--append-to keeps answers to --prompt, not a conversation"),
         (["--prompt", "a"], "model folder not found: nowhere"),
     ],
 )
@@ -148,3 +155,63 @@ def test_bad_options_are_one_line(options, message, capsys, byte_tokenizer, tmp_
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a\udcff"], "is not valid UTF-8"),
+        (["--prompt", "a", "--append-to", "none/x.json"], "cannot write none/x.json: none is not a folder"),
+        (["--prompt", "a", "--append-to", "object.json"], "object.json holds {}, not a list of samples"),
+        (["--prompt", "x" * 400], "the prompt has 401 tokens"),
+    ],
+)
+def test_what_cannot_work_with_a_model_is_one_line(
+    options, message, model, byte_tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    save_release(model, "release", "bf16", byte_tokenizer)
+    (tmp_path / "object.json").write_text("{}")
+    assert main(["--model", "release", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model, byte_tokenizer, tmp_path, capsys):
+    small = MobileMoE(dataclasses.replace(model.config, vocab_size=96))
+    small.init_weights(0)
+    with pytest.raises(UserError, match=r"model.vocab_size \(96\) is below the tokenizer's 275"):
+        save_release(small, tmp_path / "out", "bf16", byte_tokenizer)
+    save_release(small, tmp_path / "out", "bf16")
+    byte_tokenizer.save(tmp_path / "out")
+    assert main(["--model", str(tmp_path / "out"), "--prompt", "a"]) == 2
+    assert "model.vocab_size (96) is below" in capsys.readouterr().err
+
+
+def test_sampling_is_defined_at_any_temperature(model):
+    assert written(model, [[1, 2]], 6, temperature=1e-40) == [greedy(model, [1, 2], 6)]
+    assert len(written(model, [[1, 2]], 6, temperature=1e30)[0]) == 6
+
+
+def test_many_rows_of_a_model_in_16_bits(model, tmp_path):
+    """More rows than meet the weights in 16 bits: each still continues its own prompt."""
+    save_release(model, tmp_path / "out", "int4")
+    narrow, wide = (load_release(tmp_path / "out", dtype) for dtype in (torch.bfloat16, torch.float32))
+    prompts = [list(range(k, 2 * k + 3)) for k in range(1, 25)]
+    rows = written(narrow, prompts, 4)
+    assert [len(row) for row in rows] == [4] * 24
+    for prompt, row in zip(prompts, rows, strict=True):
+        logits_V = wide(torch.tensor([prompt]))[0, -1]
+        assert logits_V[row[0]] > logits_V.max() - 0.1 * logits_V.std()
+
+
+def test_a_cache_without_room_is_refused(model):
+    with pytest.raises(ValueError, match="a cache for 10 tokens cannot take 11"):
+        written(model, [[1, 2, 3]], 20, cache=model.new_cache(1, 10))
+
+
+def test_activations_in_16_bits_keep_their_dtype(small_model):
+    model = MobileMoE(small_model, torch.bfloat16).eval()
+    model.init_weights(0)
+    assert len(written(model, [[1, 2, 3]], 5)[0]) == 5

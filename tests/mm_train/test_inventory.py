@@ -1,6 +1,5 @@
-"""The tensor list against the published counts, and against the modules that are really built."""
+"""The tensor list against the published counts. That it lists the modules' tensors is in test_model.py."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ PUBLISHED = {  # total, active, bytes of the int4 file: arXiv 2605.27358 and the
     "m": (2_818_390_552, 528_300_568, 1_590_986_088),
     "l": (5_325_704_320, 921_685_120, 3_004_365_448),
 }
-SHAPES = {
-    "moe": {},
-    "no shared expert": {"intermediate_size_mlp": 0},
-    "coarse": {"num_local_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False},
-    "dense": {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 0},
-}
 
 
 def load(name: str) -> config.Model:
@@ -36,21 +29,10 @@ def test_published_sizes_are_met_exactly(size):
     assert counts == PUBLISHED[size]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_tensor_is_one_of_the_module_and_none_is_missing(shape, small_model):
-    model = dataclasses.replace(small_model, **SHAPES[shape])
-    listed = {entry.name: entry.shape for entry in tensors(model)}
-    built = {name: tuple(tensor.shape) for name, tensor in MobileMoE(model).state_dict().items()}
-    assert listed == built
-    assert sum(parameters(model).values()) == sum(tensor.numel() for tensor in MobileMoE(model).state_dict().values())
-
-
 def test_parameters_come_in_the_modules_order(small_model):
     """DeepSpeed cuts them in this order (mm_train.memory)."""
     listed = [entry.name for entry in tensors(small_model) if not entry.name.endswith("expert_bias")]
-    assert sorted(listed) == sorted(name for name, _ in MobileMoE(small_model).named_parameters())
-    assert listed[0] == "model.embed_tokens.weight"
-    assert listed[-1] == "model.norm.weight"
+    assert listed == [name for name, _ in MobileMoE(small_model).named_parameters()]
 
 
 def test_a_token_meets_its_experts_only(small_model):

@@ -66,12 +66,12 @@ def by_the_specification(state, shape: config.Model, tokens):
         at = f"model.layers.{n}."
         h = norm(x, p[at + "input_layernorm.weight"])
         q, k, v = ((h @ p[f"{at}self_attn.{c}_proj.weight"].T).view(len(tokens), -1, width) for c in "qkv")
+        keys = torch.stack([torch.stack([rotate(norm(k[u, g]), u) for g in range(kv)]) for u in range(len(tokens))])
         out = torch.zeros(len(tokens), heads, width, dtype=torch.float64)
         for t in range(len(tokens)):
             for head in range(heads):
                 group = head // (heads // kv)
-                query = rotate(norm(q[t, head]), t)
-                scores = torch.stack([query @ rotate(norm(k[u, group]), u) for u in range(t + 1)]) / math.sqrt(width)
+                scores = keys[: t + 1, group] @ rotate(norm(q[t, head]), t) / math.sqrt(width)
                 out[t, head] = torch.softmax(scores, 0) @ v[: t + 1, group]
         x = x + out.flatten(1) @ p[at + "self_attn.o_proj.weight"].T
         h = norm(x, p[at + "post_attention_layernorm.weight"])

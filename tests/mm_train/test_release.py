@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mm_train import config
+from mm_train import config, release
 from mm_train.cli import UserError
 from mm_train.model import MobileMoE
 from mm_train.quant import fake_quantise, quantise, unpack
@@ -121,6 +121,8 @@ def test_an_int4_release_that_is_loaded_and_saved_keeps_every_byte(model, tmp_pa
     again = load_release(tmp_path / "first")
     (second,) = save_release(again, tmp_path / "second", "int4")
     assert second.read_bytes() == first.read_bytes()
+    (narrow,) = save_release(load_release(tmp_path / "first", torch.bfloat16), tmp_path / "narrow", "int4")
+    assert narrow.read_bytes() == first.read_bytes()
     # A weight that has been changed since is quantised anew.
     with torch.no_grad():
         again.model.layers[0].self_attn.q_proj.weight *= 1.1
@@ -170,6 +172,47 @@ def test_somebody_elses_checkpoint_is_left_alone(model, tmp_path):
         save_release(model, tmp_path, "int4")
     with pytest.raises(UserError, match="was not written by this project"):
         save_release(model, tmp_path / "config.json", "int4")
+
+
+def test_neighbours_and_additions_of_the_user_survive(model, tmp_path):
+    for name in ("out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("do not lose me")
+    save_release(model, tmp_path / "out", "int4")
+    save_release(model, tmp_path / "out", "int4")
+    (tmp_path / "out" / "eval").mkdir()
+    with pytest.raises(UserError, match=r"out/eval exists and was not written by this project"):
+        save_release(model, tmp_path / "out", "int4")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.old", "out.partial"]
+    assert all((tmp_path / name / "thesis.tex").exists() for name in ("out.old", "out.partial"))
+
+
+def test_a_failure_leaves_the_release_that_was_there(model, tmp_path, monkeypatch):
+    (file,) = save_release(model, tmp_path / "out", "int4")
+    before = file.read_bytes()
+
+    def fail(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    for name in ("publish", "save_file"):
+        monkeypatch.setattr(release, name, fail)
+        with pytest.raises(UserError, match=r"cannot write the release to .*: No space left on device"):
+            save_release(model, tmp_path / "out", "bf16")
+        assert file.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_and_the_present_folder_are_places_too(model, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        save_release(model, tmp_path / "link", "bf16")
+    assert (tmp_path / "link").is_symlink()
+    assert load_release(tmp_path / "disk").config.name == "small"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_release(model, ".", "bf16")
+    assert (tmp_path / "here/model.safetensors").exists()
 
 
 def test_expert_tensors_may_carry_a_weight_suffix(model, tmp_path):
@@ -241,5 +284,11 @@ def test_sixteen_bits_save_memory_and_change_little(model, tmp_path, format):
     for count in (4, 40):  # few rows meet the weights in 16 bits, many in float32
         tokens = torch.randint(0, 512, (1, count))
         assert (narrow(tokens) - wide(tokens)).abs().max() < 0.05 * wide(tokens).std()
-    again = save_release(narrow, tmp_path / "again", "bf16")
-    assert format == "int4" or again[0].read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    (again,) = save_release(narrow, tmp_path / "again", format)
+    assert again.read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_other_dtypes_are_refused(model, tmp_path):
+    save_release(model, tmp_path / "out", "bf16")
+    with pytest.raises(UserError, match=r"float32, bfloat16 or float16, not torch.float64"):
+        load_release(tmp_path / "out", torch.float64)

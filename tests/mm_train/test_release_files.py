@@ -1,17 +1,22 @@
 """Folders that are not what they should be: each is refused in one line that names what is wrong."""
 
+import contextlib
 import json
 import struct
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from mm_train.cli import UserError
 from mm_train.generate import main
 from mm_train.model import MobileMoE
-from mm_train.release import save_release
+from mm_train.release import load_release, save_release
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ROPE = {"factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
 QWEIGHT, SCALE = "model.embed_tokens.qweight", "model.embed_tokens.weight_scale"
 
 
@@ -223,21 +228,63 @@ BAD = {  # name: (format, sharded, damage, what the line says)
         "bf16",
         0,
         values(
-            "config.json", lambda c: [c.update(num_hidden_layers=10**12), c.pop("no_rope_layers"), c.pop("layer_types")]
+            "config.json", lambda c: [c.update(num_hidden_layers=1000), c.pop("no_rope_layers"), c.pop("layer_types")]
         ),
         "tensor model.layers.2.input_layernorm.weight is missing",
+    ),
+    "more layers than anybody has": (
+        "bf16",
+        0,
+        values("config.json", lambda c: c.update(num_hidden_layers=10**12)),
+        "model.num_hidden_layers is 1000000000000; it must be above 0 and at most 1,024",
     ),
     "a width beyond any memory": (
         "bf16",
         0,
-        values("config.json", lambda c: c.update(vocab_size=10**15)),
-        "this model has (1000000000000000, 64)",
+        values("config.json", lambda c: c.update(vocab_size=2**24)),
+        "this model has (16777216, 64)",
     ),
     "another RoPE scaling": (
         "bf16",
         0,
-        values("config.json", lambda c: c.update(rope_scaling={"rope_type": "yarn", "factor": 4.0})),
+        values("config.json", lambda c: c.update(rope_scaling=ROPE | {"rope_type": "yarn"})),
         "model.rope_scaling.rope_type is 'yarn'; it must be 'llama3'",
+    ),
+    "incomplete RoPE scaling": (
+        "bf16",
+        0,
+        values("config.json", lambda c: c.update(rope_scaling={"rope_type": "llama3", "factor": 8.0})),
+        "rope_scaling lacks the key original_max_position_embeddings",
+    ),
+    "RoPE said in two ways": (
+        "bf16",
+        0,
+        values("config.json", lambda c: c.update(rope_parameters={"rope_theta": 10.0, "rope_type": "default"})),
+        "rope_parameters says 10.0 of rope_theta, which itself is 500000.0",
+    ),
+    "an interpolation": (
+        "bf16",
+        0,
+        values("config.json", lambda c: c.update(scoring_func="${oc.env:HOME}")),
+        "model.scoring_func is '${oc.env:HOME}'; it must be one of sigmoid, softmax",
+    ),
+    "a mark for nothing": (
+        "bf16",
+        0,
+        values("config.json", lambda c: c.update(rms_norm_eps="???")),
+        "rms_norm_eps is '???'; it must be of type float",
+    ),
+    "a word for a truth value": (
+        "bf16",
+        0,
+        values("config.json", lambda c: c.update(norm_topk_prob="false")),
+        "norm_topk_prob is 'false'; it must be of type bool",
+    ),
+    "a number beyond floats": (
+        "bf16",
+        0,
+        text("config.json", b'"rope_theta": 500000.0', b'"rope_theta": 1' + b"0" * 400),
+        "rope_theta is 1000",
     ),
     "a list for a config": (
         "bf16",
@@ -294,11 +341,17 @@ BAD = {  # name: (format, sharded, damage, what the line says)
         values(INDEX, lambda c: c["weight_map"].update({"model.norm.weight": "gone.safetensors"})),
         "names gone.safetensors, which is not in the folder",
     ),
+    "a file name of 300 letters": (
+        "bf16",
+        1,
+        values(INDEX, lambda c: c["weight_map"].update({"model.norm.weight": "x" * 300 + ".safetensors"})),
+        "which is not in the folder",
+    ),
     "a tensor in another shard": (
         "bf16",
         1,
         values(INDEX, lambda c: c["weight_map"].update({"model.norm.weight": "model-00001-of-00012.safetensors"})),
-        "model.norm.weight",
+        "model-00012-of-00012.safetensors holds tensor model.norm.weight, but",
     ),
     "a tensor that the index forgot": (
         "bf16",
@@ -330,3 +383,59 @@ def test_a_malformed_folder_is_refused_in_one_line(case, release, tmp_path, caps
     assert output.err.startswith("error: ")
     assert output.err.count("\n") == 1
     assert message in output.err
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(release, tmp_path_factory):
+    root = tmp_path_factory.mktemp("fuzz")
+    return [release(root / "int4", "int4", 0), release(root / "shards", "bf16", 1)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_value_of_any_key_is_loaded_or_refused(folders, data):
+    folder = data.draw(st.sampled_from(folders))
+    config = json.loads((folder / "config.json").read_text())
+    key = data.draw(st.sampled_from(sorted(config)))
+    inner = config[key] if isinstance(config[key], dict) and data.draw(st.booleans()) else config
+    if inner is not config:
+        key = data.draw(st.sampled_from(sorted(inner)))
+    changed = config | _with(config, inner, key, data.draw(JSON))
+    _load_changed(folder / "config.json", json.dumps(changed).encode())
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_damage_to_the_bytes_of_a_file_is_loaded_or_refused(folders, data):
+    folder = data.draw(st.sampled_from(folders))
+    file = data.draw(st.sampled_from(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))))
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, min(len(content), 6000) - 1))] = data.draw(st.integers(0, 255))
+    _load_changed(file, bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2]))]))
+
+
+def _with(config, inner, key, value):
+    """`config` with one value changed, at the top or in the mapping `inner`."""
+    if inner is config:
+        return {key: value}
+    name = next(name for name in config if config[name] is inner)
+    return {name: inner | {key: value}}
+
+
+def _load_changed(file, content):
+    """Loading ends in a model or in a UserError, and in nothing else; the file is restored."""
+    before = file.read_bytes()
+    try:
+        file.write_bytes(content)
+        with contextlib.suppress(UserError), torch.no_grad():
+            load_release(file.parent)(torch.arange(5)[None])
+    finally:
+        file.write_bytes(before)

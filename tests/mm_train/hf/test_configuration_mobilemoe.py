@@ -39,6 +39,12 @@ def test_the_int4_layout_is_that_of_the_release_format():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}, "contradicts rope_theta 1.0"),
+        ({"rope_scaling": ROPE, "rope_parameters": {"rope_type": "default"}}, "contradicts rope_theta"),
+        (
+            {"quantization": {k: v for k, v in INT4_LAYOUT.items() if k != "packed"}},
+            "quantization.packed is None; this code reads True",
+        ),
         ({"quantization": {"format": "gptq"}}, "quantization.format is 'gptq'; this code reads 'mobilemoe-int4-g32'"),
         ({"quantization": {"group_size": 32}}, "quantization.format is None"),
         ({"quantization": INT4_LAYOUT | {"group_size": 64}}, "quantization.group_size is 64; this code reads 32"),
