@@ -117,6 +117,8 @@ def _write_folder(
         _write_json(folder / "generation_config.json", ids)
         tokenizer.save(folder)
     _write_json(folder / "config.json", values)
+    for file in files:
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors writes for its owner alone
     for code in hf.code_files():
         shutil.copyfile(code, folder / code.name)
     facts["weight_bytes"] = sum((folder / file).stat().st_size for file in files)

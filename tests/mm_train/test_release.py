@@ -72,6 +72,7 @@ def test_names_dtypes_and_shapes_are_those_of_the_format(model, tmp_path):
     assert config["model_type"] == "mobilemoe"
     assert config["quantization"]["format"] == "mobilemoe-int4-g32"
     assert "quantization_config" not in config
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
