@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -56,17 +55,19 @@ def save_release(
     if format not in FORMATS:
         raise UserError(f"unknown release format {format!r}; it must be bf16 or int4")
     path = Path(path).resolve()
+    # What is made here lies in a folder of a name of its own, so that nothing of anybody else's can be in the way.
+    scratch = path.with_name(f".{path.name}.mobilemoe-partial")
+    new, old = scratch / "new", scratch / "old"
+    if old.is_dir() and not path.exists():  # killed between the two renames below
+        os.replace(old, path)
     foreign = _foreign(path)
     if foreign is not None:
         raise UserError(f"{foreign} exists and was not written by this project: choose another place, or remove it")
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
-    scratch: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # What is made here lies in a folder of its own name, so nothing of anybody else's can be in the way.
-        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        new, old = scratch / "new", scratch / "old"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
         files = _write_folder(model, new, format, tokenizer, max_shard_bytes, dict(facts or {}))
         if path.exists():
             os.replace(path, old)
@@ -79,8 +80,7 @@ def save_release(
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the release to {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return [path / file for file in files]
 
 

@@ -203,6 +203,22 @@ def test_a_failure_leaves_the_release_that_was_there(model, tmp_path, monkeypatc
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_save_that_was_killed_leaves_nothing_behind_and_loses_nothing(model, tmp_path):
+    (file,) = save_release(model, tmp_path / "out", "int4")
+    before, scratch = file.read_bytes(), tmp_path / ".out.mobilemoe-partial"
+    # Killed between moving the earlier release away and moving the new one in.
+    (scratch / "new").mkdir(parents=True)
+    (tmp_path / "out").rename(scratch / "old")
+    with pytest.raises(UserError, match="unknown release format"):
+        save_release(model, tmp_path / "out", "int8")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        save_release(model, tmp_path / "out", "bf16")
+    assert file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_link_and_the_present_folder_are_places_too(model, tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
