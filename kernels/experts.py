@@ -44,7 +44,8 @@ def experts(
     """
     if x_RD.dtype == torch.float64 or x_RD.shape[0] == 0:
         return experts_reference(x_RD, gate_up_EDF.to(x_RD.dtype), down_EFD.to(x_RD.dtype), counts_E, hidden_transform)
-    if x_RD.device.type == "cpu" and x_RD.dtype == torch.float32 and gate_up_EDF.dtype != torch.float32:
+    narrow = x_RD.device.type == "cpu" and x_RD.dtype == torch.float32 and gate_up_EDF.dtype != torch.float32
+    if narrow or any(width * x_RD.element_size() % 16 for width in down_EFD.shape[1:]):  # what grouped_mm cannot take
         return _experts_hit(x_RD, gate_up_EDF, down_EFD, counts_E, hidden_transform)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     hidden_RF = F.grouped_mm(x_RD, gate_up_EDF.to(x_RD.dtype), offs=ends_E)

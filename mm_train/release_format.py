@@ -121,8 +121,10 @@ def release_config(model: config.Model, format: str, facts: dict[str, Any]) -> d
     return values
 
 
-def model_config(values: dict[str, Any], path: Path) -> config.Model:
-    """The network that a config.json describes. Values are taken as they are, never converted or interpolated.
+def model_config(values: dict[str, Any], path: Path, int4: bool) -> config.Model:
+    """The network that a config.json describes, of an `int4` release or a bf16 one.
+
+    Values are taken as they are, never converted or interpolated.
 
     Raises UserError for a missing key, a value of the wrong type or range, and a key that describes another network.
     """
@@ -140,7 +142,7 @@ def model_config(values: dict[str, Any], path: Path) -> config.Model:
     known["name"] = name if isinstance(name, str) else path.parent.name
     model = config.Model(**known, rope_scaling=_rope_scaling(values["rope_scaling"], path))
     try:
-        validate_model(model)
+        validate_model(model, int4)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for key, value in CONSTANTS.items():

@@ -115,12 +115,17 @@ def validate_stage(config: Config) -> None:
     _refuse(_stage_rules(config))
 
 
-def validate_model(model: Model) -> None:
-    """Check the shape of a network alone. Raises UserError that names keys and values."""
+def validate_model(model: Model, int4: bool = True) -> None:
+    """Check the shape of a network alone; `int4`: whether it has to fit into the int4 format, as all that is trained.
+
+    Raises UserError that names keys and values.
+    """
     check_values("model", model)
     if model.rope_scaling is not None:
         check_values("model.rope_scaling", model.rope_scaling)
     _refuse(_model_rules(model))
+    if int4:
+        _refuse(_int4_rules(model))
 
 
 def check_values(section: str, values: object) -> None:
@@ -157,10 +162,6 @@ def _model_rules(model: Model) -> Rules:
         f"model.num_key_value_heads ({kv_heads}) must divide num_attention_heads ({heads})",
     )
     yield model.head_dim % 2 == 0, f"model.head_dim ({model.head_dim}) must be even: RoPE turns pairs"
-    widths = {name: getattr(model, name) for name in ("hidden_size", "intermediate_size", "intermediate_size_mlp")}
-    widths["num_attention_heads * head_dim"] = heads * model.head_dim
-    for name, width in widths.items():
-        yield width % INT4_GROUP == 0, f"model.{name} ({width}) must be a multiple of {INT4_GROUP}, the int4 group"
     scaling = model.rope_scaling
     if scaling is not None:
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -172,6 +173,13 @@ def _model_rules(model: Model) -> Rules:
             low <= high,
             f"model.rope_scaling.low_freq_factor ({low}) must not exceed high_freq_factor ({high})",
         )
+
+
+def _int4_rules(model: Model) -> Rules:
+    widths = {name: getattr(model, name) for name in ("hidden_size", "intermediate_size", "intermediate_size_mlp")}
+    widths["num_attention_heads * head_dim"] = model.num_attention_heads * model.head_dim
+    for name, width in widths.items():
+        yield width % INT4_GROUP == 0, f"model.{name} ({width}) must be a multiple of {INT4_GROUP}, the int4 group"
 
 
 def _training_rules(config: Config) -> Rules:

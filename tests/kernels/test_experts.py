@@ -40,6 +40,13 @@ def test_reference_gradients():
     assert torch.autograd.gradcheck(lambda *args: experts_reference(*args, torch.tensor([2, 3])), leaves)
 
 
+def test_widths_that_a_grouped_matmul_cannot_take():
+    torch.manual_seed(0)
+    x, gate_up, down = torch.randn(9, 34), torch.randn(3, 34, 36), torch.randn(3, 18, 34)
+    counts = torch.tensor([4, 0, 5])
+    torch.testing.assert_close(experts(x, gate_up, down, counts), experts_reference(x, gate_up, down, counts))
+
+
 @pytest.mark.parametrize("counts", [[1, 0, 3], [0, 0, 1], [30, 0, 11]])
 def test_float32_rows_and_narrow_weights_give_the_reference_to_rounding(counts):
     """Inference on a CPU: weights in bfloat16 and transposed in memory."""

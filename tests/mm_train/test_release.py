@@ -88,6 +88,23 @@ def test_every_variant_comes_back_and_its_length_is_known_beforehand(small_model
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0.01, msg=name)
 
 
+def test_only_int4_asks_for_widths_that_groups_divide(small_model, tmp_path):
+    odd = {"hidden_size": 50, "intermediate_size": 18, "intermediate_size_mlp": 42, "head_dim": 10}
+    model = MobileMoE(dataclasses.replace(small_model, **odd)).eval()
+    model.init_weights(0)
+    save_release(model, tmp_path / "out", "bf16")
+    tokens = torch.randint(0, 512, (1, 30))
+    loaded = load_release(tmp_path / "out")
+    want = by_the_specification(loaded.state_dict(), loaded.config, tokens[0])
+    assert ((loaded(tokens)[0].detach() - want).abs().max() / want.std()).item() < 1e-4
+    with pytest.raises(UserError, match=r"\(50\) is not a multiple of 32"):
+        save_release(model, tmp_path / "int4", "int4")
+    config_file = tmp_path / "out/config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"quantization": QUANTIZATION}))
+    with pytest.raises(UserError, match=r"model.hidden_size \(50\) must be a multiple of 32, the int4 group"):
+        load_release(tmp_path / "out")
+
+
 @pytest.mark.slow  # 7 GB of memory, two minutes
 def test_a_release_of_s_is_as_long_as_the_published_file(tmp_path):
     shape = config.load(["configs/model/s.yaml"], check=lambda _: None).model
