@@ -23,7 +23,7 @@ def route(
     Returns:
         ids_TK (int64, best first; of equal candidates the lower id first) and weights_TK (float32, differentiable).
     """
-    scores_TE = torch.sigmoid(logits_TE) if scoring == "sigmoid" else torch.softmax(logits_TE, -1)
+    scores_TE = _scores(logits_TE, scoring)
     # A stable sort, because topk leaves the order of ties open.
     order_TE = torch.sort(scores_TE.detach() + bias_E, dim=-1, descending=True, stable=True).indices
     ids_TK = order_TE[:, :top_k]
@@ -36,3 +36,19 @@ def route(
 def z_loss_sum(logits_TE: Tensor) -> Tensor:
     """Sum over tokens of the squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, equation 5)."""
     return torch.logsumexp(logits_TE, dim=-1).square().sum()
+
+
+@torch.no_grad()
+def entropy_sum(logits_TE: Tensor, scoring: str = "sigmoid") -> Tensor:
+    """Sum over tokens of the entropy (nats) of a token's scores, taken as shares of their sum.
+
+    log(E) a token when all experts score alike, 0 when one has everything: falling entropy is a router making up its
+    mind, and a sudden fall one that collapses.
+    """
+    share_TE = _scores(logits_TE, scoring)
+    share_TE = share_TE / (share_TE.sum(-1, keepdim=True) + 1e-20)
+    return torch.special.entr(share_TE).sum()
+
+
+def _scores(logits_TE: Tensor, scoring: str) -> Tensor:
+    return torch.sigmoid(logits_TE) if scoring == "sigmoid" else torch.softmax(logits_TE, -1)

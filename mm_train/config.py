@@ -81,6 +81,7 @@ class Train:
     global_batch_tokens: int = 8192
     micro_batch_size: int = 8  # rows a rank processes at once
     dtype: str = "float32"  # of activations; parameters, moments and the router are always float32
+    recompute: str = "none"  # none | layer: keep a layer's input only, and compute the rest again in the backward pass
     seed: int = 0
     validate_every: int = 0  # steps; 0: only at the end
     validation_tokens: int = 0  # per source; 0: the whole held-out split
@@ -121,17 +122,36 @@ class Quant:
 
 @dataclass
 class Parallel:
-    """Layout over processes: world size = expert_parallel * expert data parallel."""
+    """Layout over processes: world = tensor_parallel * data parallel, data parallel = expert_parallel * replicas."""
 
     engine: str = "auto"  # auto: deepspeed when there is more than one process | deepspeed | plain
     expert_parallel: int = 1
-    zero_stage: int = 1
+    tensor_parallel: int = 1  # attention, shared expert and vocabulary; routed experts and router are replicated
+    zero_stage: int = 1  # 0: everything on every rank | 1: moments and master weights shared out | 2: gradients too
 
 
 @dataclass
 class Checkpoint:
     every: int = 100  # steps
     keep: int = 2  # newest ones kept
+    keep_every: int = 0  # steps: those at multiples of it are kept for good; 0: none
+    asynchronous: bool = True  # training goes on while a checkpoint is written, from a copy in memory
+
+
+@dataclass
+class Faults:
+    """What to do when training goes wrong."""
+
+    max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite; the next one ends the run
+    spike_factor: float = 0.0  # a loss above the recent median by this many deviations is a spike; 0: not looked for
+    spike_action: str = "warn"  # warn | rollback: go back to the last checkpoint and leave out the data since | stop
+    max_rollbacks: int = 3  # then the run ends
+    hang_seconds: float = 1800  # without any progress a rank dumps its stacks and exits; 0: never
+
+
+@dataclass
+class Profile:
+    steps: str = ""  # e.g. 10-12: these optimizer steps (from 1) are traced by torch's profiler; empty: none
 
 
 @dataclass
@@ -159,6 +179,8 @@ class Config:
     quant: Quant = field(default_factory=Quant)
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    faults: Faults = field(default_factory=Faults)
+    profile: Profile = field(default_factory=Profile)
     log: Log = field(default_factory=Log)
     run: Run = field(default_factory=Run)
     init_from: str | None = None  # run, checkpoint or release folder
@@ -169,15 +191,22 @@ class Config:
         return -(-self.train.tokens // self.train.global_batch_tokens)
 
     def micro_steps(self, world: int) -> int:
-        """Micro-batches each of `world` ranks runs per optimizer step. Raises UserError where it does not divide."""
+        """Micro-batches that each of `world` ranks runs per optimizer step.
+
+        Ranks of a tensor-parallel group share their micro-batches. Raises UserError where the batch does not divide.
+        """
+        replicas = max(1, world // self.parallel.tensor_parallel)
         micro_tokens = self.train.micro_batch_size * self.data.seq_len
-        if self.train.global_batch_tokens % (micro_tokens * world):
+        if self.train.global_batch_tokens % (micro_tokens * replicas):
+            shared = (
+                f" / tensor_parallel ({self.parallel.tensor_parallel})" if self.parallel.tensor_parallel > 1 else ""
+            )
             raise UserError(
                 f"train.global_batch_tokens ({self.train.global_batch_tokens}) must be a multiple of"
                 f" train.micro_batch_size ({self.train.micro_batch_size}) x data.seq_len ({self.data.seq_len})"
-                f" x processes ({world}) = {micro_tokens * world}"
+                f" x processes ({world}){shared} = {micro_tokens * replicas}"
             )
-        return self.train.global_batch_tokens // (micro_tokens * world)
+        return self.train.global_batch_tokens // (micro_tokens * replicas)
 
 
 def load(

@@ -5,12 +5,15 @@ heads, G key-value heads, C head width, D model width, E experts, K experts a to
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from mm_train import inventory
 from mm_train.config import Model
+from mm_train.sharding import Box, Place, local_boxes
 
 FLOAT = 4  # bytes of a float32: parameters, gradients, master weights and moments
+REPLICATED = frozenset({"router", "routed experts"})  # parts that every GPU of a tensor-parallel group computes alike
 SECONDS_PER_DAY = 86_400
 
 
@@ -54,16 +57,33 @@ class Layout:
     capacity_factor: float | None = None  # drop-and-pad; None: dropless
     quantised: bool = False  # quantisation-aware training
     deepspeed: bool = False  # False: plain PyTorch on one process
+    tensor_parallel: int = 1
+    recompute: bool = False  # a layer keeps its input only (train.recompute=layer)
 
     @property
     def tokens(self) -> int:
-        """N: tokens of a micro-batch of one GPU."""
+        """N: tokens of a micro-batch of one GPU; those of a tensor-parallel group share it."""
         return self.micro_batch_size * self.context
 
     @property
+    def data_parallel(self) -> int:
+        """Micro-batches that are worked on at once: GPUs that share out the dense parameters' optimizer state."""
+        return self.gpus // self.tensor_parallel
+
+    @property
     def expert_data_parallel(self) -> int:
-        """GPUs that hold the same experts."""
-        return self.gpus // self.expert_parallel
+        """GPUs of a tensor-parallel lane that hold the same experts."""
+        return self.data_parallel // self.expert_parallel
+
+    @property
+    def zero(self) -> int:
+        """ZeRO stage in force: plain PyTorch has none."""
+        return self.zero_stage if self.deepspeed else 0
+
+    @property
+    def place(self) -> Place:
+        """A GPU's place among those that share out tensors: all hold equally much."""
+        return Place(0, self.expert_parallel, 0, self.tensor_parallel)
 
     def expert_rows(self, model: Model) -> int:
         """Rows a micro-batch sends to the experts of a layer (mm_train.dispatch): N K, or E times the capacity."""
@@ -107,14 +127,20 @@ def train_flops(model: Model, context: int) -> dict[str, int]:
 
 
 def hardware_train_flops(model: Model, layout: Layout) -> float:
-    """Training FLOPs per token that are really done: drop-and-pad computes its padding as well.
+    """Training FLOPs per token that are really done, over all GPUs that work on it.
 
-    MFU divides the model's FLOPs (train_flops) by the time, not these.
+    Drop-and-pad computes its padding as well, every GPU of a tensor-parallel group the same router and routed experts,
+    and recomputation the forward pass of the layers once more. MFU divides the model's FLOPs (train_flops) by the time,
+    not these.
     """
-    flops = train_flops(model, layout.context)
-    routed = flops.pop("routed experts", 0)
+    flops: dict[str, float] = dict(train_flops(model, layout.context))
     slots = layout.tokens * model.num_experts_per_tok
-    return sum(flops.values()) + routed * (layout.expert_rows(model) / slots if slots else 1)
+    if slots:
+        flops["routed experts"] *= layout.expert_rows(model) / slots
+    for part in REPLICATED & flops.keys():
+        flops[part] *= layout.tensor_parallel
+    again = sum(flops.values()) - flops["head"] if layout.recompute else 0
+    return sum(flops.values()) + again / 3
 
 
 # --- device -----------------------------------------------------------------------------------------------------------
@@ -128,47 +154,84 @@ def kv_bytes_per_token(model: Model, bytes_per_value: int = 2) -> int:
 # --- communication ----------------------------------------------------------------------------------------------------
 
 
-def trained_parameters(model: Model) -> tuple[int, int]:
-    """Parameters with a gradient: (dense ones, those of all routed experts). The selection bias has none."""
-    dense = experts = 0
-    for entry in inventory.tensors(model):
-        if entry.part == "routed experts":
-            experts += entry.size
-        elif not entry.name.endswith("expert_bias"):
-            dense += entry.size
-    return dense, experts
+class Held(NamedTuple):
+    """What one GPU holds of every tensor with a gradient, which the selection bias has not, in the module's order."""
+
+    before: list[tuple[inventory.Entry, Box]]  # the embedding
+    layer: list[tuple[inventory.Entry, Box]]  # of the first layer; all are alike
+    after: list[tuple[inventory.Entry, Box]]  # the last norm
+
+
+def held(model: Model, place: Place) -> Held:
+    """By the rules of mm_train.sharding, worked out for one layer only."""
+    parts = Held([], [], [])
+    for entry, box in local_boxes(replace(model, num_hidden_layers=1), place):
+        if not entry.name.endswith("expert_bias"):
+            in_layer = entry.name.startswith("model.layers.")
+            (parts.layer if in_layer else parts.after if parts.layer else parts.before).append((entry, box))
+    return parts
+
+
+def trained_parameters(model: Model, place: Place) -> tuple[int, int]:
+    """Parameters with a gradient that one GPU holds: (dense ones, routed experts)."""
+    counts = {True: 0, False: 0}
+    before, layer, after = held(model, place)
+    for pairs, times in ((before, 1), (layer, model.num_hidden_layers), (after, 1)):
+        for entry, box in pairs:
+            counts[entry.part == "routed experts"] += times * box.size
+    return counts[False], counts[True]
 
 
 def communication(model: Model, layout: Layout) -> dict[str, int]:
     """Bytes that one GPU sends in one optimizer step, by kind, with their "total". All zero on one GPU.
 
     What mm_train.parallel makes DeepSpeed 0.19.8 do, in float32 because the parameters are (read in its
-    runtime/zero/stage_1_and_2.py, and counted call by call on two and four processes):
+    runtime/engine.py and runtime/zero/stage_1_and_2.py, and counted call by call on one to four processes):
 
     - Gradients are all-reduced, not reduce-scattered: `use_multi_rank_bucket_allreduce` is on by default. A ring sends
-      2 (n - 1) / n of the data. ZeRO 1 does it once a step, ZeRO 2 in every micro-step.
-    - The weights are all-gathered after the step: (n - 1) / n of them.
-    - n is the number of GPUs for the dense part, and GPUs / expert parallel for a GPU's share of the experts.
+      2 (n - 1) / n of the data. ZeRO 0 and 1 do it once a step, ZeRO 2 in every micro-step.
+    - ZeRO 1 and 2 all-gather the weights after the step: (n - 1) / n of them.
+    - n is the number of data-parallel GPUs for the dense part, and of those with the same experts for these.
     - Dispatch and combine (mm_train.dispatch) each exchange the expert rows of a layer in the forward and again in the
-      backward pass, in the activations' dtype; (ep - 1) / ep of them leave the GPU if routing is balanced.
+      backward pass, in the activations' dtype; (ep - 1) / ep of them leave the GPU if routing is balanced. With
+      recomputation it is once more.
 
     Counts of rows, sums for the log and the gradient norm are left out: some kilobytes.
     """
-    dense, experts = trained_parameters(model)
     ep = layout.expert_parallel
-    reductions = layout.micro_steps if layout.zero_stage == 2 else 1
+    dense, experts = trained_parameters(model, layout.place)
+    reductions = layout.micro_steps if layout.zero == 2 else 1
     kinds = {}
     for name, parameters, ranks in (
-        ("dense", dense, layout.gpus),
-        ("experts", experts // ep, layout.expert_data_parallel),
+        ("dense", dense, layout.data_parallel),
+        ("experts", experts, layout.expert_data_parallel),
     ):
         ring = FLOAT * parameters * (ranks - 1) / ranks
         kinds[f"gradient_all_reduce_{name}"] = round(2 * ring * reductions)
-        kinds[f"weight_all_gather_{name}"] = round(ring)
+        kinds[f"weight_all_gather_{name}"] = round(ring) if layout.zero else 0
+    passes = 3 if layout.recompute else 2
     rows = layout.expert_rows(model) * model.num_hidden_layers * layout.micro_steps
-    exchange = 2 * rows * model.hidden_size * layout.activation_bytes * (ep - 1) // ep
+    exchange = passes * rows * model.hidden_size * layout.activation_bytes * (ep - 1) // ep
     kinds |= {"all_to_all_dispatch": exchange, "all_to_all_combine": exchange}
+    kinds["tensor_all_reduce"] = _tensor_all_reduce(model, layout)
     return kinds | {"total": sum(kinds.values())}
+
+
+def _tensor_all_reduce(model: Model, layout: Layout) -> int:
+    """Bytes that tensor parallelism sends in a step (mm_train.parallel.tensors).
+
+    Attention and each MLP all-reduce their output in the forward pass and the gradient of their input in the backward
+    pass, in the activations' dtype; the embedding its float32 rows, forward; the head the gradient of its input. The
+    loss exchanges three float32 values a token, and again when it is computed anew for the backward pass.
+    Recomputation repeats the forward ones of a layer, but for the last of a dense network's layer: nothing after it is
+    needed.
+    """
+    tp = layout.tensor_parallel
+    mlps = 1 if model.intermediate_size_mlp else 0
+    again = 0 if not layout.recompute else 1 + mlps if model.num_local_experts else mlps
+    of_layers = model.num_hidden_layers * (2 * (1 + mlps) + again)
+    a_token = model.hidden_size * (layout.activation_bytes * (of_layers + 1) + FLOAT) + 6 * FLOAT
+    return 2 * a_token * layout.tokens * layout.micro_steps * (tp - 1) // tp
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from mm_train.cli import UserError
 from mm_train.shards import ShardReader, check_one_tokenizer
 from mm_train.tokenizer import load_tokenizer
 
-BLOCK = 1000  # samples in which every source has its exact share
+BLOCK = 1000  # samples in which every source has its exact share (Loader.identity says so in a key)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Batch:
     tokens_BT: Tensor  # int64
     labels_BT: Tensor  # int64
     document_BT: Tensor  # int64, number of the token's document within its row
+    sources: tuple[str, ...] = ()  # where each row is from
 
     @property
     def num_scored(self) -> int:
@@ -44,7 +46,10 @@ class Batch:
         return int((self.labels_BT != IGNORE).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.tokens_BT, self.labels_BT, self.document_BT)))
+        tokens, labels, document = (
+            t.to(device, non_blocking=True) for t in (self.tokens_BT, self.labels_BT, self.document_BT)
+        )
+        return Batch(tokens, labels, document, self.sources)
 
 
 def feistel(index: int, size: int, key: int) -> int:
@@ -124,25 +129,31 @@ class Loader:
         self.mixture = Mixture(weights, windows, seed)
 
     @property
-    def fingerprint(self) -> str:
-        """Identifies the order: same fingerprint, same sample for every k."""
-        parts = [f"{self.mixture.seed}/{self.seq_len}"]
-        parts += [f"{n}={q}:{self.readers[n].manifest.sha256}" for n, q in sorted(self.mixture.quotas.items())]
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, as JSON values: same identity, same sample for every k."""
+        return {
+            "seed": self.mixture.seed,
+            "seq_len": self.seq_len,
+            "sources": {
+                name: {"samples_in_1000": quota, "shards": self.readers[name].manifest.sha256}
+                for name, quota in self.mixture.quotas.items()
+            },
+        }
 
-    def micro_batches(self, step: int, global_rows: int, rows: int, rank: int, world: int) -> Iterator[Batch]:
-        """This rank's micro-batches of optimizer step `step` (0-based).
+    def micro_batches(self, first: int, global_rows: int, rows: int, rank: int, world: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the global batch of samples [first, first + global_rows).
 
-        The global batch is samples [step * global_rows, (step + 1) * global_rows), cut into blocks of `rows`;
-        micro-step m of rank r takes block m * world + r, so any number of ranks sees the same blocks.
+        It is cut into blocks of `rows`; micro-step m of rank r takes block m * world + r, so any number of ranks sees
+        the same blocks.
         """
-        for start in range(rank * rows, global_rows, world * rows):
-            first = step * global_rows + start
-            yield self.batch([self.mixture[k] for k in range(first, first + rows)])
+        for start in range(first + rank * rows, first + global_rows, world * rows):
+            yield self.batch([self.mixture[k] for k in range(start, start + rows)])
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """The rows of `samples`, collated."""
-        return collate([self.readers[s.source].window(s.window, self.seq_len) for s in samples])
+        batch = collate([self.readers[s.source].window(s.window, self.seq_len) for s in samples])
+        batch.sources = tuple(s.source for s in samples)
+        return batch
 
 
 def open_sources(path: str | Path, names: Iterable[str], split: str, seq_len: int) -> dict[str, ShardReader]:

@@ -16,12 +16,12 @@ from typing import Any
 from mm_train import costs, inventory, memory
 from mm_train.cli import UserError, command
 from mm_train.costs import GPUS
+from mm_train.describe_layouts import layouts, recommendation
 from mm_train.describe_plan import MFU, Plan, read_plan
 from mm_train.describe_text import text
 from mm_train.release_format import file_bytes
 
 SCALE = (1, 8, 64, 512, 4096)
-USABLE = 0.95  # of a GPU's memory: the allocator loses some in fragments
 SHAPE = (
     "num_hidden_layers",
     "hidden_size",
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="KEY=N",
-        help="gpus, expert_parallel, zero_stage (1, 2), micro_batch_size (rows of a GPU); what is left out comes"
-        " from the config, gpus from its expert_parallel",
+        help="gpus, expert_parallel, tensor_parallel, zero_stage (0, 1, 2), recompute (none, layer), micro_batch_size"
+        " (rows of a GPU); what is left out comes from the config, gpus from its layout",
     )
     parser.add_argument(
         "--context", help="tokens of a row, as 2048 or 2k: k is 1024 (default: a stage file's data.seq_len, else 2048)"
@@ -91,8 +91,9 @@ def describe(plan: Plan) -> dict[str, Any]:
     by_part = costs.train_flops(model, layout.context)
     train_flops = sum(by_part.values())
     per_gpu = costs.tokens_per_second(train_flops, gpu, plan.mfu)
-    batch = layout.tokens * layout.gpus * layout.micro_steps
+    batch = layout.tokens * layout.data_parallel * layout.micro_steps
     used = memory_gib(plan)
+    others = layouts(plan)
     return {
         "name": model.name,
         "total_params": sum(total.values()),
@@ -110,7 +111,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "layout": {
             "gpus": layout.gpus,
             "expert_parallel": layout.expert_parallel,
+            "tensor_parallel": layout.tensor_parallel,
             "zero_stage": layout.zero_stage,
+            "recompute": plan.cfg.train.recompute,
             "engine": "deepspeed" if layout.deepspeed else "plain",
             "micro_batch_size": layout.micro_batch_size,
             "micro_steps": layout.micro_steps,
@@ -121,8 +124,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         },
         "gpu": {"name": gpu.name, "tflops": gpu.tflops, "memory_gib": gpu.memory_gib, "source": gpu.sheet},
         "memory_gib": used,
-        "fits": used["total"] <= USABLE * gpu.memory_gib,
+        "fits": plan.fits(used["total"]),
         "comm_bytes_per_step": costs.communication(model, layout),
+        "layouts": others,
+        "recommendation": recommendation(plan, others),
         "tokens": tokens,
         "mfu": plan.mfu,
         "tokens_per_second_per_gpu": per_gpu,
@@ -150,10 +155,10 @@ def _scaled(plan: Plan, gpus: int, per_gpu: float) -> dict[str, Any]:
         "gpus": gpus,
         "days": costs.days(plan.cfg.train.tokens, gpus, per_gpu),
         "memory_gib_total": used,
-        "fits": used <= USABLE * plan.gpu.memory_gib,
+        "fits": plan.fits(used),
         "micro_batch_size": there.layout.micro_batch_size,
         "micro_steps": there.layout.micro_steps,
-        "global_batch_tokens": there.layout.tokens * gpus * there.layout.micro_steps,
+        "global_batch_tokens": there.layout.tokens * there.layout.data_parallel * there.layout.micro_steps,
         "comm_bytes_per_step_total": costs.communication(there.model, there.layout)["total"],
         "why_not": None,
     }

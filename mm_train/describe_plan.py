@@ -20,7 +20,15 @@ from mm_train.costs import GPUS, Gpu, Layout
 CONTEXT, TOKENS, BATCH_TOKENS = 2048, 6 * 10**12, 4_194_304  # where no stage file says otherwise: of pre-training
 MFU, LEAST_MFU = 0.40, 0.001
 MAX_GPUS = 1_000_000
-PARALLEL_KEYS = ("gpus", "expert_parallel", "zero_stage", "micro_batch_size")
+USABLE = 0.95  # of a GPU's memory
+# Words of --parallel beside gpus, and where their values go in the config.
+LAYOUT_KEYS = {
+    "expert_parallel": "parallel",
+    "tensor_parallel": "parallel",
+    "zero_stage": "parallel",
+    "micro_batch_size": "train",
+    "recompute": "train",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,10 @@ class Plan:
     def model(self) -> config.Model:
         return self.cfg.model
 
+    def fits(self, memory_gib: float) -> bool:
+        """Does so much go into the GPU, with some left for what the allocator loses in fragments?"""
+        return memory_gib <= USABLE * self.gpu.memory_gib
+
     def on(self, gpus: int) -> "Plan":
         """The same on `gpus` GPUs, with smaller micro-batches where the batch would not divide into these.
 
@@ -45,8 +57,8 @@ class Plan:
         """
         if gpus == self.layout.gpus:
             return self
-        train, row_tokens = self.cfg.train, self.cfg.data.seq_len * gpus
-        rows, rest = divmod(train.global_batch_tokens, row_tokens)  # of each GPU in a step
+        train, replicas = self.cfg.train, max(1, gpus // self.cfg.parallel.tensor_parallel)
+        rows, rest = divmod(train.global_batch_tokens, self.cfg.data.seq_len * replicas)  # of each in a step
         if not self.batch_is_given:
             most = min(train.micro_batch_size, rows + (rest > 0))
         elif rest or not rows:
@@ -55,6 +67,18 @@ class Plan:
             most = next(size for size in range(min(train.micro_batch_size, rows), 0, -1) if rows % size == 0)
         cfg = replace(self.cfg, train=replace(train, micro_batch_size=most))
         return replace(self, cfg=cfg, layout=_layout(cfg, gpus, self.batch_is_given))
+
+    def laid_out(self, expert_parallel: int, tensor_parallel: int, zero_stage: int, recompute: str) -> "Plan":
+        """The same on the same GPUs in another layout. Raises UserError when it is none."""
+        parallel = replace(
+            self.cfg.parallel,
+            expert_parallel=expert_parallel,
+            tensor_parallel=tensor_parallel,
+            zero_stage=zero_stage,
+        )
+        cfg = replace(self.cfg, parallel=parallel, train=replace(self.cfg.train, recompute=recompute))
+        rules.validate_training(cfg)
+        return replace(self, cfg=cfg, layout=_layout(cfg, self.layout.gpus, self.batch_is_given))
 
 
 @dataclass(frozen=True)
@@ -74,9 +98,9 @@ def read_plan(args: argparse.Namespace) -> Plan:
     cfg = config.load_words(args.configs, check=lambda c: rules.validate_model(c.model))
     given = _given(args.configs)
     _assume(cfg, given)
-    cfg.parallel.expert_parallel = words.get("expert_parallel", cfg.parallel.expert_parallel)
-    cfg.parallel.zero_stage = words.get("zero_stage", cfg.parallel.zero_stage)
-    cfg.train.micro_batch_size = words.get("micro_batch_size", cfg.train.micro_batch_size)
+    for key, section in LAYOUT_KEYS.items():
+        if key in words:
+            setattr(getattr(cfg, section), key, words[key])
     if args.context is not None:
         cfg.data.seq_len = round(_number("--context", args.context, thousand=1024, example="2048 or 2k"))
     if args.tokens is not None:
@@ -87,7 +111,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
     mfu = _number("--mfu", args.mfu, thousand=1000, example="0.4")
     if not LEAST_MFU <= mfu <= 1:
         raise UserError(f"--mfu is {args.mfu}; it is a share of the GPU's peak, {LEAST_MFU:g} to 1")
-    gpus = words.get("gpus", cfg.parallel.expert_parallel)
+    gpus = words.get("gpus", cfg.parallel.expert_parallel * cfg.parallel.tensor_parallel)
     if not 1 <= gpus <= MAX_GPUS:
         raise UserError(f"--parallel gpus is {gpus}; it must be 1 to {MAX_GPUS:,}")
     if args.gpu not in GPUS:
@@ -131,13 +155,16 @@ def _assumptions(cfg: config.Config) -> Iterable[tuple[str, str]]:
 
 
 def _layout(cfg: config.Config, gpus: int, batch_is_given: bool) -> Layout:
-    """A checked config on `gpus` GPUs. Raises UserError where they cannot share it out (mm_train.parallel says it)."""
-    ep, engine = cfg.parallel.expert_parallel, cfg.parallel.engine
-    if gpus % ep:
-        raise UserError(f"parallel.expert_parallel ({ep}) must divide the number of processes ({gpus})")
+    """A checked config on `gpus` GPUs. Raises UserError where they cannot share it out, as training does."""
+    ep, tp, engine = cfg.parallel.expert_parallel, cfg.parallel.tensor_parallel, cfg.parallel.engine
     if gpus > 1 and engine == "plain":
         raise UserError(f"parallel.engine=plain runs on one process; there are {gpus}: use deepspeed or auto")
-    share = cfg.train.micro_batch_size * cfg.data.seq_len * gpus
+    if gpus % tp:
+        raise UserError(f"parallel.tensor_parallel ({tp}) must divide the number of processes ({gpus})")
+    if gpus // tp % ep:
+        shared = f" / tensor_parallel ({tp})" if tp > 1 else ""
+        raise UserError(f"parallel.expert_parallel ({ep}) must divide the number of processes ({gpus}){shared}")
+    share = cfg.train.micro_batch_size * cfg.data.seq_len * (gpus // tp)
     padded = cfg.moe.dispatch == "drop_and_pad" and cfg.model.num_local_experts > 0
     return Layout(
         gpus=gpus,
@@ -150,6 +177,8 @@ def _layout(cfg: config.Config, gpus: int, batch_is_given: bool) -> Layout:
         capacity_factor=cfg.moe.capacity_factor if padded else None,
         quantised=cfg.quant.enabled,
         deepspeed=gpus > 1 or engine == "deepspeed",
+        tensor_parallel=tp,
+        recompute=cfg.train.recompute == "layer",
     )
 
 
@@ -170,16 +199,17 @@ def _keys(layer: Any) -> set[str]:
     return {f"{name!s}.{key!s}" for name, values in sections for key in values}
 
 
-def _parallel(words: Sequence[str]) -> dict[str, int]:
+def _parallel(words: Sequence[str]) -> dict[str, Any]:
     """--parallel's key=value words."""
-    values = {}
+    values: dict[str, Any] = {}
+    known = ("gpus", *LAYOUT_KEYS)
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--parallel takes key=value, not {word!r}; config files and overrides come before it")
-        if key not in PARALLEL_KEYS:
-            raise UserError(f"--parallel: unknown key {key}{_near(key, PARALLEL_KEYS)}")
-        values[key] = _whole(f"--parallel {key}", value)
+        if key not in known:
+            raise UserError(f"--parallel: unknown key {key}{_near(key, known)}")
+        values[key] = value if key == "recompute" else _whole(f"--parallel {key}", value)
     return values
 
 

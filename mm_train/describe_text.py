@@ -1,9 +1,11 @@
 """What mm_train.describe prints: its facts as aligned text. Knows no formula; torch-free."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mm_train.costs import SECONDS_PER_DAY
+from mm_train.describe_layouts import KEYS
 from mm_train.describe_plan import CONTEXT
 
 GIB, MIB = 2**30, 2**20
@@ -27,13 +29,26 @@ COMMUNICATION = {
     "weight_all_gather_experts": "all-gather of weights, experts",
     "all_to_all_dispatch": "all-to-all of dispatch, forward and backward",
     "all_to_all_combine": "all-to-all of combine, forward and backward",
+    "tensor_all_reduce": "all-reduce of tensor parallelism",
     "total": "total",
 }
 
 
 def text(facts: dict[str, Any]) -> str:
     """The whole report."""
-    sections = (_network, _parameters, _device, _compute, _memory, _communication, _time, _scale, _notes, _hint)
+    sections = (
+        _network,
+        _parameters,
+        _device,
+        _compute,
+        _memory,
+        _communication,
+        _layouts,
+        _time,
+        _scale,
+        _notes,
+        _hint,
+    )
     return "\n\n".join("\n".join(section(facts)) for section in sections)
 
 
@@ -102,18 +117,24 @@ def _compute(facts: dict[str, Any]) -> Iterable[str]:
     yield from _table(("part", "training, MFLOP", "share", "inference, MFLOP"), rows)
     paper = 2 * facts["active_params"]
     yield f"  training {total / 1e9:.2f} GFLOP a token; the paper's 2 x active for inference: {paper / 1e6:,.1f} MFLOP"
-    hardware = facts["hardware_train_flops_per_token"]
+    hardware, layout = facts["hardware_train_flops_per_token"], facts["layout"]
     if hardware != total:
-        yield (
-            f"  drop-and-pad at capacity factor {facts['layout']['capacity_factor']:g} computes its padding as well:"
-            f" {hardware / 1e9:.2f} GFLOP are done a token; MFU counts the {total / 1e9:.2f}"
-        )
+        more = {
+            f"the padding of capacity factor {layout['capacity_factor']}": layout["capacity_factor"] is not None,
+            "the layers' forward pass once more": layout["recompute"] == "layer",
+            f"routed experts {layout['tensor_parallel']} times": layout["tensor_parallel"] > 1,
+        }
+        said = " and ".join(words for words, so in more.items() if so)
+        yield f"  {hardware / 1e9:.2f} GFLOP are done a token, with {said}; MFU counts the {total / 1e9:.2f}"
 
 
 def _memory(facts: dict[str, Any]) -> Iterable[str]:
     layout, gpu = facts["layout"], facts["gpu"]
     engine = f"DeepSpeed, ZeRO {layout['zero_stage']}" if layout["engine"] == "deepspeed" else "plain PyTorch, no ZeRO"
-    yield f"Training on {layout['gpus']:,} x {gpu['name']}, expert parallel {layout['expert_parallel']}, {engine}"
+    tensor = f", tensor parallel {layout['tensor_parallel']}" if layout["tensor_parallel"] > 1 else ""
+    again = ", layers recomputed" if layout["recompute"] == "layer" else ""
+    how = f"expert parallel {layout['expert_parallel']}{tensor}, {engine}{again}"
+    yield f"Training on {layout['gpus']:,} x {gpu['name']}, {how}"
     yield (
         f"  micro-batch of {layout['micro_batch_size']} x {facts['context']:,} tokens a GPU,"
         f" {layout['micro_steps']:,} of them a step, global batch {layout['global_batch_tokens']:,} tokens;"
@@ -141,6 +162,33 @@ def _communication(facts: dict[str, Any]) -> Iterable[str]:
     yield f"  {rate:,.1f} GiB/s on average over a step of {facts['seconds_per_step']:,.3g} s"
 
 
+def _layouts(facts: dict[str, Any]) -> Iterable[str]:
+    """A line for each layout; with recomputation it has columns of its own."""
+    own, chosen = facts["layout"], facts["recommendation"]
+    yield f"Layouts on {_gpus(own['gpus'])} (estimate; micro-batch of {own['micro_batch_size']})"
+    lines: dict[str, list[str]] = {}
+    for layout in facts["layouts"]:
+        zero = f"ZeRO {layout['zero_stage']}" if own["engine"] == "deepspeed" else "no ZeRO"
+        tensor = f", tensor parallel {layout['tensor_parallel']}" if layout["tensor_parallel"] > 1 else ""
+        cells = lines.setdefault(
+            f"expert parallel {layout['expert_parallel']}{tensor}, {zero}", ["", "", "", "", "", ""]
+        )
+        first = 3 if layout["recompute"] == "layer" else 0
+        cells[first : first + 3] = (
+            f"{layout['memory_gib_total']:,.1f}",
+            ("yes" if layout["fits"] else "no") + (" *" if all(layout[key] == chosen[key] for key in KEYS) else "  "),
+            f"{layout['comm_bytes_per_step_total'] / GIB:,.2f}",
+        )
+    heads = ("GiB a GPU", "fits  ", "GiB sent a step", "recomputed: GiB a GPU", "fits  ", "GiB sent a step")
+    yield from _table(("", *heads), [(name, *cells) for name, cells in lines.items()])
+    hidden = {"tensor_parallel": 1} | ({} if own["engine"] == "deepspeed" else {"zero_stage": chosen["zero_stage"]})
+    words = " ".join(f"{key}={chosen[key]}" for key in KEYS if chosen[key] != hidden.get(key))
+    yield f"  * recommended: {words}" if chosen["expert_parallel"] else "  none is recommended:"
+    yield from textwrap.wrap(chosen["why"], 112, initial_indent="    ", subsequent_indent="    ")
+    if chosen["paper"]:
+        yield f"  the paper's: {chosen['paper']}"
+
+
 def _time(facts: dict[str, Any]) -> Iterable[str]:
     gpu = facts["gpu"]
     yield f"Time for {_short(facts['tokens'])} tokens (estimate)"
@@ -153,8 +201,9 @@ def _time(facts: dict[str, Any]) -> Iterable[str]:
 
 def _scale(facts: dict[str, Any]) -> Iterable[str]:
     layout = facts["layout"]
+    tensor = f" tensor parallel {layout['tensor_parallel']}," if layout["tensor_parallel"] > 1 else ""
     yield (
-        f"The same on other numbers of GPUs (estimate): expert parallel {layout['expert_parallel']},"
+        f"The same on other numbers of GPUs (estimate): expert parallel {layout['expert_parallel']},{tensor}"
         f" ZeRO {layout['zero_stage']} on more than one"
     )
     rows = []
@@ -183,10 +232,11 @@ def _notes(facts: dict[str, Any]) -> Iterable[str]:
     if facts["assumptions"]:
         yield "  taken because no stage file says otherwise:"
         yield from (f"    {words}" for words in facts["assumptions"])
-    yield "  time: MFU is the only efficiency; communication, validation and checkpoints have to be within it"
+    yield "  time: MFU is the only efficiency; communication, validation, checkpoints and what is computed twice have"
+    yield "        to be within it"
     if facts["layout"]["activation_dtype"] == "float32":
         yield "        and it takes bf16 matmuls for granted, although this stage computes in float32"
-    yield "  memory: every tensor this code keeps at the peak, on CUDA; nothing recomputed or offloaded (memory.py)"
+    yield "  memory: every tensor this code keeps at the peak, on CUDA; nothing offloaded (memory.py)"
     yield "  communication: ring algorithms, gradients and weights in float32, balanced routing (costs.py)"
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.permute import Plan, invert, permute, plan_capacity, plan_dropless, reorder, unpermute
+from mm_train.timing import Clock, phase
 
 
 @dataclass
@@ -29,8 +30,11 @@ class Dispatcher:
     """Moves token rows to expert rows and back.
 
     `capacity_factor` None means dropless; otherwise every expert takes ceil(factor * T * K / E) rows from every rank,
-    earlier tokens first. `group` is the expert-parallel process group (None: all experts are here).
+    earlier tokens first. `group` is the expert-parallel process group (None: all experts are here). `clock`, where one
+    is set, is told of the time in collectives.
     """
+
+    clock: Clock | None = None
 
     def __init__(
         self, num_experts: int, capacity_factor: float | None = None, group: dist.ProcessGroup | None = None
@@ -56,10 +60,11 @@ class Dispatcher:
         received_E = sent_E  # [source rank, local expert], flattened; with a capacity all counts are equal
         if plan.full:
             received_E = torch.empty_like(sent_E)
-            dist.all_to_all_single(received_E, sent_E, group=self.group)
+            with phase(self.clock, "all_to_all"):
+                dist.all_to_all_single(received_E, sent_E, group=self.group)
         received_SE, sent_SE = received_E.view(self.ranks, -1), sent_E.view(self.ranks, -1)
         sent, received = sent_SE.sum(1).tolist(), received_SE.sum(1).tolist()
-        x_RD = _AllToAll.apply(x_RD, received, sent, self.group)
+        x_RD = _AllToAll.apply(x_RD, received, sent, self.group, self.clock)
         # Rows arrive by source rank, then expert; the grouped matmul wants them by expert.
         expert_R = torch.arange(received_SE.shape[1], device=x_TD.device).repeat(self.ranks)
         by_expert = torch.sort(expert_R.repeat_interleave(received_E), stable=True).indices
@@ -71,7 +76,7 @@ class Dispatcher:
         """Weighted sum of each token's expert outputs: y_RD -> y_TD."""
         if record.by_expert is not None and record.inverse is not None:
             y_RD = reorder(y_RD, record.inverse, record.by_expert)
-            y_RD = _AllToAll.apply(y_RD, record.sent, record.received, self.group)
+            y_RD = _AllToAll.apply(y_RD, record.sent, record.received, self.group, self.clock)
         return unpermute(y_RD, weights_TK, record.plan)
 
 
@@ -79,12 +84,13 @@ class _AllToAll(torch.autograd.Function):
     """Uneven all-to-all of rows; the gradient takes the opposite way."""
 
     @staticmethod
-    def forward(ctx, x_RD, received, sent, group):
-        ctx.received, ctx.sent, ctx.group = received, sent, group
+    def forward(ctx, x_RD, received, sent, group, clock):
+        ctx.received, ctx.sent, ctx.group, ctx.clock = received, sent, group, clock
         out_RD = x_RD.new_empty(sum(received), x_RD.shape[1])
-        dist.all_to_all_single(out_RD, x_RD.contiguous(), received, sent, group=group)
+        with phase(clock, "all_to_all"):
+            dist.all_to_all_single(out_RD, x_RD.contiguous(), received, sent, group=group)
         return out_RD
 
     @staticmethod
     def backward(ctx, dout_RD):
-        return _AllToAll.apply(dout_RD, ctx.sent, ctx.received, ctx.group), None, None, None
+        return _AllToAll.apply(dout_RD, ctx.sent, ctx.received, ctx.group, ctx.clock), None, None, None, None

@@ -1,9 +1,10 @@
 """Gradients and optimizer steps on one process in plain PyTorch, and the interface shared with DeepSpeed's engine."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm_train import config
 from mm_train.data import Batch
@@ -11,6 +12,20 @@ from mm_train.model import Losses, MobileMoE
 from mm_train.optim import adamw, parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)  # of tensors that training owns for each parameter
+ReadRange = Callable[[str, int, int], Tensor]  # kind, start, stop -> those elements of the local tensor, 1-D float32
+
+
+class Fragment(NamedTuple):
+    """Elements start..stop of the part of a parameter that a rank holds, row by row.
+
+    The fragments of all ranks cover every element of every parameter of the network exactly once: what a checkpoint
+    saves and what a global norm adds up.
+    """
+
+    name: str
+    start: int
+    stop: int
 
 
 class Engine(Protocol):
@@ -23,16 +38,35 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, learning_rate: float) -> Tensor | float:
-        """Clip, update, clear gradients. Returns the global gradient norm before clipping."""
+    def fragments(self) -> list[Fragment]:
+        """What this rank answers for; the same from construction on."""
         ...
 
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Adam's first and second moment, whole, float32. Collective: every rank calls it for the same parameter."""
+    def state(self, fragment: Fragment) -> dict[str, Tensor]:
+        """KINDS -> the fragment's float32 master weights and moments: live 1-D views, not copies."""
         ...
 
-    def restore(self, parameter: nn.Parameter, value: Tensor, moments: dict[str, Tensor]) -> None:
-        """Overwrite a parameter and its moments."""
+    def gradient(self, fragment: Fragment) -> Tensor | None:
+        """The fragment's gradient, 1-D, summed over ranks and micro-steps; None where the loss does not depend on it.
+
+        Between the backward pass of the last micro-step and `step` or `discard`.
+        """
+        ...
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients, at the same moment."""
+        ...
+
+    def step(self, learning_rate: float) -> None:
+        """Update with the gradients as they are, and clear them."""
+        ...
+
+    def discard(self) -> None:
+        """Clear the gradients without an update."""
+        ...
+
+    def restore(self, name: str, read: ReadRange) -> None:
+        """Overwrite a parameter and what this rank keeps of its moments."""
         ...
 
     def restore_step(self, step: int) -> None:
@@ -47,7 +81,7 @@ class PlainEngine:
 
     def __init__(self, model: MobileMoE, optim: config.Optim) -> None:
         self.model = model
-        self.clip = optim.clip_grad_norm
+        self.parameters = dict(model.named_parameters())
         self.optimizer = adamw(parameter_groups(model, optim), optim)
         materialise_moments(self.optimizer)
 
@@ -57,25 +91,34 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, learning_rate: float) -> Tensor:
+    def fragments(self) -> list[Fragment]:
+        return [Fragment(name, 0, parameter.numel()) for name, parameter in self.parameters.items()]
+
+    def state(self, fragment: Fragment) -> dict[str, Tensor]:
+        parameter = self.parameters[fragment.name]
+        tensors = {"weight": parameter.detach()} | {key: self.optimizer.state[parameter][key] for key in MOMENTS}
+        return {kind: tensor.view(-1)[fragment.start : fragment.stop] for kind, tensor in tensors.items()}
+
+    def gradient(self, fragment: Fragment) -> Tensor | None:
+        gradient = self.parameters[fragment.name].grad
+        return None if gradient is None else gradient.reshape(-1)[fragment.start : fragment.stop]
+
+    def scale_gradients(self, factor: float) -> None:
+        torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], factor)
+
+    def step(self, learning_rate: float) -> None:
         set_learning_rate(self.optimizer, learning_rate)
-        parameters = list(self.model.parameters())
-        # In float64, as DeepSpeed does it: in float32 the norm of half a million values is off by some 1e-5.
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
-        if self.clip:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
 
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        return {key: self.optimizer.state[parameter][key] for key in MOMENTS}
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
 
-    def restore(self, parameter: nn.Parameter, value: Tensor, moments: dict[str, Tensor]) -> None:
-        parameter.data.copy_(value)
-        for key, moment in moments.items():
-            self.optimizer.state[parameter][key].copy_(moment)
+    @torch.no_grad()
+    def restore(self, name: str, read: ReadRange) -> None:
+        whole = Fragment(name, 0, self.parameters[name].numel())
+        for kind, tensor in self.state(whole).items():
+            tensor.copy_(read(kind, whole.start, whole.stop))
 
     def restore_step(self, step: int) -> None:
         set_step(self.optimizer, step)

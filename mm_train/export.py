@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_train import checkpoint, config
+from mm_train import config
+from mm_train.checkpoint.folders import find
+from mm_train.checkpoint.format import open_checkpoint
 from mm_train.cli import UserError, command
 from mm_train.model_folder import find_tokenizer, load_model
 from mm_train.release import save_release
@@ -29,9 +31,9 @@ def export(source: Path, out: Path, format: str, license: str | None = None) -> 
 
     Raises UserError when there is no checkpoint, or when the experts were trained for another group axis.
     """
-    folder = checkpoint.find(source)
-    manifest = checkpoint.read_manifest(folder)
-    cfg = config.from_dict(manifest["config"], str(folder))
+    folder = find(source)
+    saved = open_checkpoint(folder)
+    cfg = saved.run_config
     if format == "int4" and cfg.quant.enabled and cfg.quant.expert_group_axis != "out":
         raise UserError(
             f"{source} was trained with quant.expert_group_axis={cfg.quant.expert_group_axis}; the int4 release groups"
@@ -39,7 +41,7 @@ def export(source: Path, out: Path, format: str, license: str | None = None) -> 
         )
     tokenizer = load_tokenizer(find_tokenizer(source))
     quantisation = how(cfg, format)
-    facts = {"stage": cfg.run.stage, "step": manifest["step"], "quantisation": quantisation}
+    facts = {"stage": cfg.run.stage, "step": saved.step, "quantisation": quantisation}
     facts |= {"license": license} if license else {}
     facts |= run_facts(source)
     return save_release(load_model(folder), out, format, tokenizer, facts=facts), quantisation

@@ -6,10 +6,25 @@ from typing import Any
 Record = dict[str, Any]
 
 
+def load_spread(expert_load: list[list[float]] | None) -> dict[str, list[float]]:
+    """How evenly each layer's experts are used, from their shares of the tokens (or their counts).
+
+    `load_max` and `load_min` are the busiest and the idlest expert over the mean, `load_cv` is the standard deviation
+    over the mean. Perfect balance is 1, 1, 0; a layer without tokens has 0 everywhere.
+    """
+    spread: dict[str, list[float]] = {"load_max": [], "load_min": [], "load_cv": []}
+    for layer in expert_load or []:
+        shares = [share if share and math.isfinite(share) else 0.0 for share in layer]
+        mean = sum(shares) / len(shares)
+        variance = sum((share - mean) ** 2 for share in shares) / len(shares)
+        for key, value in zip(spread, (max(shares), min(shares), math.sqrt(variance)), strict=True):
+            spread[key].append(value / mean if mean > 0 else 0.0)
+    return spread
+
+
 def load_factors(expert_load: list[list[float]] | None) -> list[float]:
     """For each layer, how many times the mean the busiest expert gets: 1.0 is perfect balance, 0.0 no tokens."""
-    layers = [[share or 0.0 for share in layer] for layer in expert_load or []]
-    return [max(shares) * len(shares) / total if (total := sum(shares)) > 0 else 0.0 for shares in layers]
+    return load_spread(expert_load)["load_max"]
 
 
 def run_line(facts: Record) -> str:
@@ -40,13 +55,22 @@ def train_line(record: Record, facts: Record) -> str:
         ("|g| {}", number(record.get("grad_norm"), ".2f")),
         ("drop {}", number(record.get("dropped_fraction"), ".1%")),
         ("load {}x", number(max(factors), ".2f") if factors else None),
+        ("dead {}", record.get("dead_experts") or None),
         ("{:>5} tok/s", short(speed)),
         ("mfu {}", number(record.get("mfu"), ".1%")),
-        ("mem {} GiB", number(record.get("memory_gib"), ".1f")),
+        ("mem {} GiB", number(memory_in_use(record), ".1f")),
         ("eta {}", eta),
     ]
     parts = [text.format(value) for text, value in columns if value is not None]
     return "  ".join([step_label(record["step"], facts), *parts])
+
+
+def memory_in_use(record: Record) -> float | None:
+    """GiB at the peak: of the GPU where there is one, else of the process."""
+    memory = record.get("memory_gib")
+    if isinstance(memory, dict):
+        return memory.get("device", memory.get("host"))
+    return memory  # of the process: a record of an earlier version
 
 
 def validation_line(record: Record, facts: Record) -> str:
@@ -54,6 +78,27 @@ def validation_line(record: Record, facts: Record) -> str:
     loss, bits = number(record.get("loss"), ".3f"), number(record.get("bits_per_byte"), ".3f")
     tail = f"  {bits} bits per byte" if bits is not None else ""
     return f"{step_label(record['step'], facts)}  held-out {record['source']}  loss {loss}{tail}"
+
+
+def skipped_line(record: Record, facts: Record) -> str:
+    """A step without an update, and why."""
+    return f"{step_label(record['step'], facts)}  skipped: {record['reason']}{so_far(record.get('skipped_steps'))}"
+
+
+def rollback_line(record: Record, facts: Record) -> str:
+    """A return to an earlier checkpoint, and why."""
+    what = f"back to step {record['to_step']}: {record['reason']}{so_far(record.get('rollbacks'))}"
+    return f"{step_label(record['step'], facts)}  {what}"
+
+
+def alert_line(record: Record, facts: Record) -> str:
+    """What a person should look at."""
+    return f"{step_label(record['step'], facts)}  ALERT {record['title']}: {record['text']}"
+
+
+def so_far(count: int | None) -> str:
+    """ " (3 so far)"; nothing where it is not counted."""
+    return f" ({count} so far)" if count else ""
 
 
 def step_label(step: int, facts: Record) -> str:

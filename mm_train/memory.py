@@ -1,16 +1,16 @@
 """Memory that training takes on one GPU, by part. Arithmetic only, torch-free.
 
-It describes this project's code, tensor by tensor: model.py, moe.py and kernels/ for what autograd saves, engine.py and
-DeepSpeed 0.19.8 for weights, gradients and optimizer state. No activation is recomputed and no weight is kept in bf16.
+It describes this project's code, tensor by tensor: model.py, moe.py, kernels/ and parallel/ for what autograd saves,
+engine.py and DeepSpeed 0.19.8 for weights, gradients and optimizer state. No weight is kept in bf16.
 Axes as in costs.py; R rows of the experts, F width of a routed expert, S of the shared one or a dense network's MLP.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mm_train import inventory
 from mm_train.config import Model
-from mm_train.costs import FLOAT, Layout
+from mm_train.costs import FLOAT, Layout, held
+from mm_train.sharding import Box
 
 CHUNK_ROWS = 1024  # of kernels.cross_entropy, which needs torch; a test compares them
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, which mm_train.parallel leaves as it is
@@ -40,36 +40,59 @@ def saved_for_backward(model: Model, layout: Layout, fused_norms: bool = True) -
     `fused_norms`: rms_norm as CUDA computes it, which keeps its input only; on a CPU it is composed of other
     operations and keeps the normalised values as well.
     """
-    size, width = layout.activation_bytes, model.hidden_size
-    norm = FLOAT * (width + 1) + (0 if fused_norms else FLOAT * width)  # input in float32 and 1 / rms
-    per_token = model.num_hidden_layers * (2 * norm + _attention(model, layout) + _feed_forward(model, layout))
-    per_token += norm + size * width + 8  # last norm, gradient of its output (made in the forward pass), token id
+    size, width, layers = layout.activation_bytes, model.hidden_size, model.num_hidden_layers
+    layer = saved_by_a_layer(model, layout, fused_norms)
+    if layout.recompute:
+        layer = Saved(layout.tokens * size * width, 0, 0)  # its input
+    # Last norm, gradient of its output (made in the forward pass), token id, a row of the mask.
+    per_token = _norm(model, fused_norms) + size * width + 8 + size * layout.context
     rope = FLOAT * model.head_dim * layout.context  # cos and sin
-    rows = 8 * layout.expert_rows(model) * model.num_hidden_layers  # which slot fills which row
-    if layout.expert_parallel > 1:
-        rows *= 3  # and the order of the received rows, both ways
-    matrices = sum(
-        entry.size
-        for entry in _local_tensors(model, layout)
-        if len(entry.shape) >= 2 and entry.part not in ("embedding", "router")
-    )
-    copied = size < FLOAT or layout.quantised
+    table = size * _table(model, layout)
+    if layout.tensor_parallel > 1:  # the loss is computed again instead: no gradients, but what that takes
+        per_token += 8 + 8 + 1  # labels; token id in the own part of the vocabulary, and whether it lies there
+        table = table if size < FLOAT else 0
     return Saved(
-        activations=layout.tokens * per_token + _expert_values(model, layout) + rows + rope,
-        weight_copies=size * matrices if copied else 0,
-        head_gradient=size * model.vocab_size * width,
+        activations=layers * layer.activations + layout.tokens * per_token + rope,
+        weight_copies=layers * layer.weight_copies,
+        head_gradient=table,
     )
+
+
+def saved_by_a_layer(model: Model, layout: Layout, fused_norms: bool = True) -> Saved:
+    """What one layer keeps, or makes again for its part of the backward pass if it is recomputed."""
+    per_token = 2 * _norm(model, fused_norms) + _attention(model, layout) + _feed_forward(model, layout)
+    row = layout.activation_bytes * (2 * model.hidden_size + 4 * model.intermediate_size)  # _swiglu's and its ends
+    row += 8 * (3 if layout.expert_parallel > 1 else 1)  # which slot fills it; the order of received rows, both ways
+    layer = held(model, layout.place).layer
+    matrices = sum(box.size for entry, box in layer if len(entry.shape) >= 2 and entry.part != "router")
+    copied = layout.activation_bytes < FLOAT or layout.quantised
+    return Saved(
+        activations=layout.tokens * per_token + row * layout.expert_rows(model),
+        weight_copies=layout.activation_bytes * matrices if copied else 0,
+        head_gradient=0,
+    )
+
+
+def _norm(model: Model, fused: bool) -> int:
+    """Bytes a token of a norm keeps: input in float32 and 1 / rms."""
+    return FLOAT * (model.hidden_size + 1) + (0 if fused else FLOAT * model.hidden_size)
+
+
+def _table(model: Model, layout: Layout) -> int:
+    """Elements of the embedding on one GPU."""
+    return model.vocab_size // layout.tensor_parallel * model.hidden_size
 
 
 def _attention(model: Model, layout: Layout) -> int:
     """Bytes a token of one layer's attention keeps."""
-    size, width, heads = layout.activation_bytes, model.hidden_size, model.num_attention_heads
-    rotated = heads + model.num_key_value_heads
+    size, width = layout.activation_bytes, model.hidden_size
+    heads = model.num_attention_heads // layout.tensor_parallel
+    rotated = heads + model.num_key_value_heads // layout.tensor_parallel
     inputs = size * width  # of q, k and v; quantised ones are separate copies
     qk_norm = FLOAT * rotated * (model.head_dim + 1)
-    # q, k, v and output of the fused attention (k and v repeated for every query head), its log-sum-exp, and one row
-    # of the mask: documents do not see each other, so every layer keeps a T x T mask a row, in the activations' dtype.
-    fused = size * 4 * heads * model.head_dim + FLOAT * heads + size * layout.context
+    # q, k, v and output of the fused attention (k and v repeated for every query head), its log-sum-exp. The mask that
+    # keeps documents apart is one for all layers.
+    fused = size * 4 * heads * model.head_dim + FLOAT * heads
     if layout.quantised:
         inputs = 3 * inputs + size * heads * model.head_dim
     return inputs + qk_norm + fused
@@ -78,7 +101,7 @@ def _attention(model: Model, layout: Layout) -> int:
 def _feed_forward(model: Model, layout: Layout) -> int:
     """Bytes a token of one layer's router and shared expert (or dense MLP) keeps; routed experts: _expert_values."""
     size, width, experts = layout.activation_bytes, model.hidden_size, model.num_local_experts
-    mlp = 4 * size * model.intermediate_size_mlp  # gate, silu(gate), up, their product
+    mlp = 4 * size * model.intermediate_size_mlp // layout.tensor_parallel  # gate, silu(gate), up, their product
     inputs = size * width * (2 if layout.quantised else 1)
     if not experts:
         return mlp + inputs
@@ -90,12 +113,6 @@ def _feed_forward(model: Model, layout: Layout) -> int:
     if size == FLOAT and not layout.quantised:
         inputs = 0  # the router keeps the same tensor
     return router + (mlp + inputs if model.intermediate_size_mlp else 0)
-
-
-def _expert_values(model: Model, layout: Layout) -> int:
-    """Bytes the expert rows of all layers keep: input, gate and up, silu(gate), product, output."""
-    row = layout.activation_bytes * (2 * model.hidden_size + 4 * model.intermediate_size)
-    return row * layout.expert_rows(model) * model.num_hidden_layers
 
 
 # --- weights, gradients, optimizer ------------------------------------------------------------------------------------
@@ -112,26 +129,44 @@ class Shares:
 
 def shares(model: Model, layout: Layout) -> Shares:
     """How parameters are spread over the GPUs. ZeRO cuts each parameter group into equal parts."""
-    entries = [e for e in _local_tensors(model, layout) if not e.name.endswith("expert_bias")]
-    sharded = layout.expert_parallel > 1  # with every expert everywhere, experts are ordinary parameters
-    experts = [e.size for e in entries if sharded and e.part == "routed experts"]
-    rest = [e for e in entries if not (sharded and e.part == "routed experts")]
+    rest, experts = _trained(model, layout)
+    sizes = [box.size for box in experts]
     groups = [
-        ([e.size for e in rest if len(e.shape) >= 2], layout.gpus),
-        ([e.size for e in rest if len(e.shape) < 2], layout.gpus),
-        *((group, layout.expert_data_parallel) for group in _split(experts, MAX_EXPERT_GROUP)),
+        ([box.size for box in rest if len(box.shape) >= 2], layout.data_parallel),
+        ([box.size for box in rest if len(box.shape) < 2], layout.data_parallel),
+        *((group, layout.expert_data_parallel) for group in _split(sizes, MAX_EXPERT_GROUP)),
     ]
+    if not layout.zero:
+        whole = sum(sum(sizes) for sizes, _ in groups)
+        return Shares(whole, whole, whole)
     parts = [_partition(sizes, ranks) for sizes, ranks in groups]
     parameters = sum(part * ranks for (part, _), (_, ranks) in zip(parts, groups, strict=True))
     return Shares(parameters, sum(part for part, _ in parts), sum(touched for _, touched in parts))
 
 
-def _local_tensors(model: Model, layout: Layout) -> Iterator[inventory.Entry]:
-    """The network's tensors as one GPU holds them: routed experts are shared out over the expert-parallel group."""
-    for entry in inventory.tensors(model):
-        if entry.part == "routed experts":
-            entry = entry._replace(shape=(entry.shape[0] // layout.expert_parallel, *entry.shape[1:]))
-        yield entry
+def _trained(model: Model, layout: Layout) -> tuple[list[Box], list[Box]]:
+    """What one GPU holds of the tensors with a gradient: (ordinary ones, experts that others hold other ones of).
+
+    With every expert everywhere, experts are ordinary parameters.
+    """
+    found: tuple[list[Box], list[Box]] = ([], [])
+    before, layer, after = held(model, layout.place)
+    for entry, box in before + layer * model.num_hidden_layers + after:
+        found[layout.expert_parallel > 1 and entry.part == "routed experts"].append(box)
+    return found
+
+
+def _largest_bucket(model: Model, layout: Layout) -> int:
+    """Elements of the largest bucket in which ZeRO 0 copies and all-reduces gradients: the first that is full."""
+    most = 0
+    for boxes in _trained(model, layout):
+        bucket = 0
+        for box in boxes:
+            bucket += box.size
+            most = max(most, bucket)
+            if bucket > REDUCE_BUCKET:
+                bucket = 0
+    return most
 
 
 def _split(sizes: Sequence[int], limit: int) -> list[list[int]]:
@@ -168,19 +203,22 @@ def memory_bytes(model: Model, layout: Layout) -> dict[str, int]:
     "optimizer_step" is alive), and the optimizer step, when activations are gone. "optimizer_step" is what the second
     needs beyond the first, usually 0, so that the parts add up. What the allocator loses in fragments is not in it.
 
-    Plain engine: 4 bytes a parameter each for weight, gradient and two moments. ZeRO 1: weights and
-    gradients whole, a float32 master copy of this GPU's part although the weights are float32 already, and moments of
-    that part. ZeRO 2: gradients of that part only, and those of a micro-step beside the sum of the ones before. "Part"
-    is over all GPUs for the dense parameters, and over those with the same experts.
+    Plain engine and ZeRO 0: 4 bytes a parameter each for weight, gradient and two moments. ZeRO 0 reduces gradients
+    through copies, bucket by bucket. ZeRO 1: weights and gradients whole, a float32 master copy of this GPU's part
+    although the weights are float32 already, and moments of that part. ZeRO 2: gradients of that part only, and those
+    of a micro-step beside the sum of the ones before. "Part" is over the data-parallel GPUs for the dense parameters,
+    and over those with the same experts.
     """
     own = shares(model, layout)
-    zero = layout.zero_stage if layout.deepspeed else 0  # 0: the plain engine
+    zero = layout.zero
     saved = saved_for_backward(model, layout)
     biases = FLOAT * model.num_local_experts * model.num_hidden_layers
     gradients, buckets = FLOAT * own.parameters, 0
     bucketed = FLOAT * min(REDUCE_BUCKET, own.parameters)  # the copy of a full bucket that is all-reduced
     step = gradients  # gradients and buffers at their most in the optimizer step
-    if zero == 1:
+    if layout.deepspeed and zero == 0:
+        step += FLOAT * _largest_bucket(model, layout)
+    elif zero == 1:
         buckets = FLOAT * REDUCE_BUCKET
         # while the last buckets fill, gradients become parts; then parts are flattened, group by group
         step = max(gradients - bucketed + buckets + FLOAT * own.touched, FLOAT * (own.touched + own.partition))
@@ -188,17 +226,20 @@ def memory_bytes(model: Model, layout: Layout) -> dict[str, int]:
         gradients = FLOAT * own.touched * min(2, layout.micro_steps)
         buckets = FLOAT * REDUCE_BUCKET + bucketed
         step = FLOAT * (own.touched + own.partition)
+    loss, backward = _loss_buffers(model, layout), _backward_buffers(model, layout)
+    if layout.recompute:
+        backward += _recomputed(model, layout)
     passes = {
         "gradients": gradients,
         "activations": saved.activations,
         "weight_copies": saved.weight_copies,
-        "loss_and_backward_buffers": max(_loss_buffers(model, layout), _backward_buffers(model, layout)),
+        "loss_and_backward_buffers": max(loss, backward),
         "gradient_buckets": buckets,
     }
     parts = {
         "weights": FLOAT * own.parameters + biases,
         "master_weights": FLOAT * own.partition if zero else 0,
-        "moments": 2 * FLOAT * (own.partition if zero else own.parameters),
+        "moments": 2 * FLOAT * own.partition,
         **passes,
         "optimizer_step": max(0, step - sum(passes.values())),
         "cuda_context": int(GIB * (CUDA_CONTEXT_GIB + (NCCL_GIB if layout.gpus > 1 else 0))),
@@ -206,16 +247,26 @@ def memory_bytes(model: Model, layout: Layout) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
+def _recomputed(model: Model, layout: Layout) -> int:
+    """What the backward pass of the last layer makes again, beside what was saved and less what it no longer needs:
+    what the last norm and the head kept. In float32 the layer's input serves its first norm too."""
+    shared = FLOAT * model.hidden_size if layout.activation_bytes == FLOAT else 0
+    freed = _norm(model, fused=True) + shared
+    return saved_by_a_layer(model, layout).total - layout.tokens * freed
+
+
 def _loss_buffers(model: Model, layout: Layout) -> int:
-    """Peak inside kernels.cross_entropy, which runs when all activations are saved.
+    """Peak inside kernels.cross_entropy, which runs when all saved activations are there.
 
     Always alive: the gradient of the embedding in float32 and the embedding in the activations' dtype (and
     fake-quantised, in float32). A chunk's logits, and either the next chunk's while the last one's logits,
     probabilities and their gradient are still referred to, or the chunk's share of the embedding's gradient.
     """
-    size, table = layout.activation_bytes, model.vocab_size * model.hidden_size
-    chunk = min(CHUNK_ROWS, layout.tokens) * model.vocab_size
+    size, table = layout.activation_bytes, _table(model, layout)
+    chunk = min(CHUNK_ROWS, layout.tokens) * model.vocab_size // layout.tensor_parallel
     narrow = size if size < FLOAT else 0  # a cast copy, where casting copies
+    if layout.tensor_parallel > 1:  # in the backward pass: logits and their gradient, two sums of the table's gradient
+        return chunk * (2 * FLOAT + 2 * narrow) + table * (narrow + 2 * size)
     alive = table * (FLOAT + narrow + (FLOAT if layout.quantised else 0))
     alive += layout.tokens * model.hidden_size * size * (2 if layout.quantised else 1)  # the head's input
     several = layout.tokens > CHUNK_ROWS
@@ -235,8 +286,7 @@ def _backward_buffers(model: Model, layout: Layout) -> int:
     size = layout.activation_bytes
     slots, rows = layout.tokens * model.num_experts_per_tok, layout.expert_rows(model)
     routed = size * model.hidden_size * (slots + (rows if layout.capacity_factor is None else 2 * rows))
-    mlp = 2 * size * model.intermediate_size_mlp * layout.tokens
-    parts = ("embedding", "router")
-    largest = max(entry.size for entry in _local_tensors(model, layout) if entry.part not in parts)
-    head = model.vocab_size * model.hidden_size * FLOAT
+    mlp = 2 * size * model.intermediate_size_mlp // layout.tensor_parallel * layout.tokens
+    largest = max(box.size for entry, box in held(model, layout.place).layer if entry.part != "router")
+    head = _table(model, layout) * FLOAT
     return head + max(routed, mlp) + largest * (FLOAT + (size if size < FLOAT else 0))

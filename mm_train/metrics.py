@@ -20,20 +20,22 @@ import numpy as np
 from tqdm import tqdm
 
 from mm_train.cli import UserError
-from mm_train.log_lines import Record, clock, load_factors, run_line, train_line, validation_line
+from mm_train.log_lines import (
+    Record,
+    alert_line,
+    clock,
+    number,
+    rollback_line,
+    run_line,
+    skipped_line,
+    train_line,
+    validation_line,
+)
+from mm_train.metric_names import named
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-
-# The first part of a name is its panel group on W&B; what is not listed is shown under "train".
-WANDB_GROUPS = {
-    "z_loss": "router",
-    "dropped_fraction": "router",
-    "tokens_per_second": "throughput",
-    "mfu": "throughput",
-    "seconds": "throughput",
-    "data_seconds": "throughput",
-    "memory_gib": "throughput",
-}
+LEVELS = ("info", "warn", "error")  # of an alert
+EACH_COUNTS = ("run", "rollback", "stopped")  # kinds of which no line replaces an earlier one
 
 
 class Metrics:
@@ -69,6 +71,7 @@ class Metrics:
         self._is_main = is_main
         self._said: set[str] = set()
         self._facts: Record = {}
+        self._alerts = 0
         self._wandb: Any = None
         if not is_main:
             return
@@ -93,29 +96,68 @@ class Metrics:
     def train(self, step: int, **values: Any) -> None:
         """Record one training interval that ended after `step`.
 
-        Known to the log line, W&B and the report: tokens (so far), loss (nats per token), lr, grad_norm, z_loss,
-        tokens_per_second, seconds (since the process started), data_seconds, mfu, memory_gib, dropped_fraction, and
-        expert_load: for each layer the share of the routed tokens that each expert got. None: not measured.
+        Known to the log line, W&B and the report are the keys of metric_names.NAMES["train"] (their meaning:
+        statistics.Interval.values; `lr`, `grad_norm` and `grad_norm_parts` before clipping, `seconds` since the process
+        started, `skipped_steps` and `rollbacks` of the stage so far) and `expert_load`: for each layer the share of the
+        routed tokens that each expert got. None: not measured.
         """
         if values.get("expert_load") is not None:  # five decimals are plenty, and half the file
             values["expert_load"] = np.asarray(values["expert_load"], dtype=float).round(5).tolist()
         record = {"kind": "train", "step": step, **values}
         if self._record(record):
             self.say(train_line(record, self._facts))
-            self._track(step, wandb_train_values(values))
+            self._track(record)
 
     def validation(self, step: int, source: str, **values: Any) -> None:
         """Record the held-out loss (nats per token) and bits per byte of one source."""
         record = {"kind": "validation", "step": step, "source": source, **values}
         if self._record(record):
             self.say(validation_line(record, self._facts))
-            self._track(step, {f"validation/{source}/{name}": value for name, value in values.items()})
+            self._track(record)
 
     def checkpoint(self, step: int, **values: Any) -> None:
-        """Record a finished checkpoint: seconds it took, bytes on disk."""
+        """Record a finished checkpoint: seconds it took, stalled_seconds that training stood still, bytes on disk."""
         record = {"kind": "checkpoint", "step": step, **values}
         if self._record(record):
-            self._track(step, {f"checkpoint/{name}": value for name, value in values.items()})
+            self._track(record)
+
+    def skipped(self, step: int, loss: float, grad_norm: float | None, skipped_steps: int) -> None:
+        """Record that `step` (as it would have been numbered) made no update, and how many did not in this stage."""
+        shown = {"loss": number(loss, ".3f"), "gradient norm": number(grad_norm, ".2f")}
+        reason = ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
+        values = {"loss": loss, "grad_norm": grad_norm, "skipped_steps": skipped_steps, "reason": reason}
+        record = {"kind": "skipped", "step": step, **values}
+        if self._record(record):
+            self.say(skipped_line(record, self._facts))
+            self._track(record)
+
+    def rollback(self, step: int, to_step: int, reason: str, rollbacks: int) -> None:
+        """Record that training left `step` for an earlier checkpoint, and how often it did in this stage."""
+        record = {"kind": "rollback", "step": step, "to_step": to_step, "reason": reason, "rollbacks": rollbacks}
+        if self._record(record):
+            self.say(rollback_line(record, self._facts))
+            self._track(record)
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Record that this process ends after `step` because it was asked to; the stage is not done."""
+        if self._record({"kind": "stopped", "step": step, "reason": reason}):
+            self.say(f"stopped after step {step}: {reason}; the same command goes on from here")
+
+    def alert(self, step: int, title: str, text: str, level: str = "warn") -> None:
+        """Tell a person of something: on the console, in the record, and by W&B's alerts (e-mail, Slack).
+
+        `level` is one of LEVELS. `title` is the same for the same trouble, `text` has the numbers.
+        """
+        assert level in LEVELS, f"unknown level {level}"
+        self._alerts += 1
+        values = {"title": title, "text": text, "level": level, "alerts": self._alerts}
+        record = {"kind": "alert", "step": step, **values}
+        if self._record(record):
+            self.say(alert_line(record, self._facts))
+            self._track(record)
+            if self._wandb is not None:
+                with self._surviving("W&B"):
+                    self._wandb.alert(title=title, text=f"step {step}: {text}", level=level.upper())
 
     def done(self, step: int, **values: Any) -> None:
         """Record the end of the stage."""
@@ -152,11 +194,11 @@ class Metrics:
                 self._jsonl.write(json.dumps(plain(record), allow_nan=False) + "\n")
         return self._is_main
 
-    def _track(self, step: int, values: dict[str, Any]) -> None:
+    def _track(self, record: Record) -> None:
         if self._wandb is not None:
             with self._surviving("W&B"):
-                shown = {name: value for name, value in plain(values).items() if value is not None}
-                self._wandb.log({"step": step, **shown})
+                shown = {name: value for name, value in named(plain(record)).items() if value is not None}
+                self._wandb.log({"step": record["step"], **shown})
 
     @contextmanager
     def _surviving(self, what: str, complaint: str = "") -> Iterator[None]:
@@ -211,10 +253,11 @@ class Metrics:
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, list[Record]]:
-    """The records of a run folder's metrics.jsonl by kind ("run", "train", "validation", "checkpoint", "done").
+    """The records of a run folder's metrics.jsonl by kind, the names of the methods of Metrics.
 
-    Of the lines with the same kind, step and source, the last one wins: a resumed run repeats steps. Records are in
-    order of step; "run" records, one for each process, in order of time. A last line cut short by a crash is ignored.
+    Of the lines with the same kind, step and source (or title of an alert) the last one wins, because a resumed run
+    repeats steps; of EACH_COUNTS all are kept. Records are in order of step; "run" records, one for each process, in
+    order of time. A last line cut short by a crash is ignored.
 
     Raises:
         UserError: there is no such file, or a line other than the last is not a record.
@@ -231,7 +274,8 @@ def read_metrics(run_dir: str | Path) -> dict[str, list[Record]]:
             kind, step = record["kind"], record.get("step", line_number)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}, line {line_number}: not a metrics record: {line[:60]!r}") from None
-        records[kind, step, record.get("source", "")] = record
+        which = f"{line_number:12d}" if kind in EACH_COUNTS else record.get("source") or record.get("title") or ""
+        records[kind, step, which] = record
     by_kind: dict[str, list[Record]] = {}
     for (kind, _, _), record in sorted(records.items(), key=lambda item: item[0]):
         by_kind.setdefault(kind, []).append(record)
@@ -257,12 +301,20 @@ def wandb_run_id(folder: Path) -> str:
     return path.read_text().strip()
 
 
-def wandb_train_values(values: Record) -> Record:
-    """The values of a training record under their W&B names: train/loss, throughput/..., router/load_max/layer_00."""
-    named = {f"{WANDB_GROUPS.get(name, 'train')}/{name}": v for name, v in values.items() if name != "expert_load"}
-    for layer, factor in enumerate(load_factors(values.get("expert_load"))):
-        named[f"router/load_max/layer_{layer:02d}"] = factor
-    return named
+def wandb_entity() -> str:
+    """The W&B user that this machine is logged in as. Raises UserError when there is none, or W&B does not answer."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('this needs the wandb package: pip install "mobilemoe-train[tracking]"') from None
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+        entity = wandb.Api().default_entity if wandb.login(prompt=False, verify=False) else None
+    except Exception as error:  # of many kinds: a malformed key, a wrong one, no network
+        raise UserError(f"W&B login fails: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from None
+    if not entity:
+        raise UserError("nobody is logged in to W&B here: wandb login, or set WANDB_API_KEY")
+    return entity
 
 
 def plain(value: Any) -> Any:

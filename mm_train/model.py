@@ -8,20 +8,20 @@ mm_train.parallel changes a finished model from outside.
 
 import functools
 import math
-import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kernels.cross_entropy import linear_cross_entropy
 from kernels.linear import linear
 from mm_train import config
 from mm_train.kv_cache import KVCache
 from mm_train.moe import MLP, MoELayer, RouterStats
 from mm_train.quant import Embedding, Linear
+from mm_train.weights import fill, initial
 
 # New keys and values [B, G, T, C] -> all that can be seen [B, G, S, C].
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -34,6 +34,7 @@ class Losses(NamedTuple):
     z_loss_sum: Tensor  # over tokens and layers, float32, differentiable
     counts_LE: Tensor
     dropped_L: Tensor
+    entropy_sum_L: Tensor  # nats over tokens, float32
 
 
 class RMSNorm(nn.Module):
@@ -79,6 +80,15 @@ def apply_rope(x_BTHC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHC.dtype)
 
 
+def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, T], 0 where a token may look: back within its document; -inf elsewhere.
+
+    In the activations' dtype because fused attention would otherwise make, and keep, such a copy for every layer.
+    """
+    seen_BTS = (document_BT[:, :, None] == document_BT[:, None, :]).tril_()
+    return torch.zeros((), dtype=dtype, device=document_BT.device).where(seen_BTS, -torch.inf)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with weightless QK-norm."""
 
@@ -95,7 +105,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTS: Tensor | None, append: Append | None = None
     ) -> Tensor:
-        """`mask_BTS` is True where a query may look (causal included); None: plain causal.
+        """`mask_BTS` (causal included) is True, or 0 rather than -inf, where a query may look; None: plain causal.
 
         `append` takes the new keys and values and returns all that can be seen (mm_train.kv_cache).
         """
@@ -165,6 +175,7 @@ class MobileMoE(nn.Module):
         self.config = model
         self.int4_scales: dict[str, Tensor] = {}  # of the int4 release these weights are from: saving keeps its codes
         self.compute_dtype = compute_dtype
+        self.recompute = False  # layers keep their input only, and compute the rest again in the backward pass
         self.model = Backbone(model)
 
     def forward(
@@ -182,16 +193,17 @@ class MobileMoE(nn.Module):
         """
         table_VD = self.model.embed_tokens.table()
         hidden_BTD, stats = self._backbone(tokens_BT, document_BT, table_VD)
-        hidden_ND = self.model.embed_tokens.head_input(hidden_BTD).flatten(0, 1)
-        cross_entropy_sum = linear_cross_entropy(hidden_ND, table_VD.to(hidden_ND.dtype), labels_BT.flatten())
+        head = self.model.embed_tokens.cross_entropy_sum
+        cross_entropy_sum = head(hidden_BTD.flatten(0, 1), table_VD, labels_BT.flatten())
         if not stats:  # a dense network
             none = cross_entropy_sum.new_zeros(0)
-            return Losses(cross_entropy_sum, none.sum(), none.view(0, 0), none)
+            return Losses(cross_entropy_sum, none.sum(), none.view(0, 0), none, none)
         return Losses(
             cross_entropy_sum,
             torch.stack([s.z_loss_sum for s in stats]).sum(),
             torch.stack([s.counts_E for s in stats]),
             torch.stack([s.dropped for s in stats]),
+            torch.stack([s.entropy_sum for s in stats]),
         )
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -211,7 +223,7 @@ class MobileMoE(nn.Module):
     def _backbone(
         self, tokens_BT: Tensor, document_BT: Tensor | None, table_VD: Tensor, cache: KVCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
-        x_BTD = F.embedding(tokens_BT, table_VD).to(self.compute_dtype)
+        x_BTD = self.model.embed_tokens.lookup(tokens_BT, table_VD).to(self.compute_dtype)
         columns, device = tokens_BT.shape[1], tokens_BT.device
         mask_BTS = None
         if cache is not None:
@@ -220,12 +232,16 @@ class MobileMoE(nn.Module):
             # Rotation is relative, so positions need not restart at a document's start.
             positions = torch.arange(columns, device=device)
         if document_BT is not None:
-            mask_BTS = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
+            mask_BTS = document_mask(document_BT, self.compute_dtype)
         rope = rope_table(self.config, positions)
         all_stats = []
         for index, layer in enumerate(self.model.layers):
             append = None if cache is None else functools.partial(cache.append, index)
-            x_BTD, stats = layer(x_BTD, rope, mask_BTS, append)
+            if self.recompute and torch.is_grad_enabled():
+                # Statistics are what the first pass returns: the second one's are thrown away, so nothing counts twice.
+                x_BTD, stats = checkpoint(layer, x_BTD, rope, mask_BTS, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, stats = layer(x_BTD, rope, mask_BTS, append)
             if stats is not None:
                 all_stats.append(stats)
         if cache is not None:
@@ -238,24 +254,5 @@ class MobileMoE(nn.Module):
         return [layer for layer in layers if isinstance(layer, MoELayer)]
 
     def init_weights(self, seed: int) -> None:
-        """Normal(0, initializer_range); projections into the residual stream shrunk by sqrt(2 L) (ours, GPT-2 style).
-
-        Every tensor has a generator of its own, seeded by `seed` and its name, so the values do not depend on the
-        order, the device layout or which other tensors exist.
-        """
-        std = self.config.initializer_range
-        for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                continue
-            scale = std / math.sqrt(2 * self.config.num_hidden_layers) if _is_residual_output(name) else std
-            generator = torch.Generator().manual_seed(_seed_of(seed, name))
-            with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-
-
-def _is_residual_output(name: str) -> bool:
-    return "o_proj" in name or "down_proj" in name
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return (seed << 32) + zlib.crc32(name.encode())
+        """Fresh values that depend on `seed` and tensor names alone (mm_train.weights.initial)."""
+        fill(self, self.config, initial(self.config, seed))

@@ -3,14 +3,19 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mm_train import checkpoint, config
+from mm_train import config
+from mm_train.checkpoint.reader import Reader, find
 from mm_train.cli import UserError
 from mm_train.files import is_file, is_folder
 from mm_train.model import MobileMoE
+from mm_train.parallel.groups import Groups
 from mm_train.quant import FakeQuant, enable_fake_quant
-from mm_train.release import build, load_release
+from mm_train.release import Release, build, load_release
+from mm_train.sharding import Box
 from mm_train.tokenizer import Tokenizer, load_tokenizer
+from mm_train.weights import Source
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MobileMoE:
@@ -24,25 +29,39 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
         raise UserError(f"model folder not found: {path}")
     if is_file(path / "config.json"):
         return load_release(path, dtype, device)
-    reader = checkpoint.Reader(checkpoint.find(path))
+    reader = Reader(find(path)).verify()
     quant = reader.run_config.quant
-    tensors = ((name, reader.read(name)) for name in reader.where)
+    tensors = ((name, reader.read(name)) for name in reader.names())
     model = build(reader.model_config, tensors, torch.float32 if quant.enabled else dtype, device)
     if quant.enabled:
         enable_fake_quant(model, FakeQuant.of(quant))
     return model
 
 
-def load_weights(model: MobileMoE, path: Path) -> None:
-    """Copy the weights of a release, run or checkpoint folder into `model`, for a new stage.
+def weight_source(path: str | Path, groups: Groups | None = None) -> tuple[config.Model, Source]:
+    """The network of a release, run or checkpoint folder, and a function that reads its weights one by one.
 
-    Raises UserError when they are of another network; names the first key that differs.
+    `read(name, box=None)` returns a tensor, or a block of it, in float32 on the CPU; no model is built. Ranks that all
+    pass their `groups` share out the hashing of a checkpoint's files. Raises UserError, on every rank then, when the
+    folder holds no model or a damaged one.
     """
-    source = load_model(path)
-    difference = config.model_difference(model.config, source.config)
-    if difference:
-        raise UserError(f"init_from {path} is another model: {difference}")
-    model.load_state_dict(source.state_dict())
+    path = Path(path)
+    if not is_folder(path):
+        raise UserError(f"model folder not found: {path}")
+    if not is_file(path / "config.json"):
+        reader = Reader(find(path)).verify(groups)
+        return reader.model_config, lambda name, box=None: reader.read(name, "weight", box)
+    release = Release(path)
+
+    def read(name: str, box: Box | None = None) -> Tensor:
+        if name not in release.stored:
+            raise UserError(f"{path} has no tensor {name}")
+        if box is None:
+            return release.read(name)[0].float()
+        rows, *rest = box.slices
+        return release.read(name, rows)[0][(slice(None), *rest)].float().contiguous()
+
+    return release.shape, read
 
 
 def find_tokenizer(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels.experts import experts, experts_of_few_tokens
 from kernels.linear import FEW_ROWS
-from kernels.router import route, z_loss_sum
+from kernels.router import entropy_sum, route, z_loss_sum
 from mm_train import config
 from mm_train.dispatch import Dispatcher
 from mm_train.quant import FakeQuant, Linear
@@ -24,6 +24,7 @@ class RouterStats(NamedTuple):
     counts_E: Tensor  # int64: tokens that chose each expert, before any drop
     dropped: Tensor  # int64: slots that found no room
     z_loss_sum: Tensor  # float32, differentiable
+    entropy_sum: Tensor  # float32: nats over tokens, see kernels.router.entropy_sum
 
 
 class Router(nn.Module):
@@ -95,7 +96,8 @@ class MoELayer(nn.Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         dropped = (record.plan.row_TK == record.plan.slot_R.numel()).sum()
-        return y_TD, RouterStats(counts_E, dropped, z_loss_sum(logits_TE))
+        entropy = entropy_sum(logits_TE, self.model.scoring_func)
+        return y_TD, RouterStats(counts_E, dropped, z_loss_sum(logits_TE), entropy)
 
     def infer(self, x_TD: Tensor) -> Tensor:
         """The layer without statistics: y_TD of the next tokens of a generation."""

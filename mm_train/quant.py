@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.cross_entropy import linear_cross_entropy
 from kernels.experts import experts
 from kernels.linear import linear
 from mm_train import config
@@ -166,6 +167,14 @@ class Embedding(nn.Module):
     def table(self) -> Tensor:
         """The values that lookup and head use, [V, D]."""
         return self.weight if self.fake_quant is None else fake_quantise(self.weight)
+
+    def lookup(self, tokens: Tensor, table_VD: Tensor) -> Tensor:
+        """Rows of `table()`, [..., D]."""
+        return F.embedding(tokens, table_VD)
+
+    def cross_entropy_sum(self, hidden_ND: Tensor, table_VD: Tensor, labels_N: Tensor) -> Tensor:
+        """Loss of the tied head, see kernels.cross_entropy.linear_cross_entropy."""
+        return linear_cross_entropy(self.head_input(hidden_ND), table_VD.to(hidden_ND.dtype), labels_N)
 
     def head_input(self, x: Tensor) -> Tensor:
         """Hidden states as the head sees them."""

@@ -189,34 +189,47 @@ def load_release(path: str | Path, dtype: torch.dtype = torch.float32, device: s
     Raises UserError for a missing or unreadable file, a tensor that is missing, unknown or of the wrong dtype, shape
     or value, another network and another quantisation format.
     """
-    path = Path(path)
-    values = read_json(path / "config.json")
-    int4 = release_format.check_quantization(values, path / "config.json")
-    shape = release_format.model_config(values, path / "config.json", int4)
-    files = WeightFiles(path)
-    names = {stored: files.check(stored) for stored in stored_tensors(shape, "int4" if int4 else "bf16")}
-    unknown = sorted(files.tensors.keys() - names.values())
-    if unknown:
-        raise UserError(f"{path}: unknown tensor {unknown[0]}")
+    release = Release(Path(path))
     scales: dict[str, Tensor] = {}
-    model = build(shape, _decoded(files, names, scales), dtype, device)
+    model = build(release.shape, _decoded(release, scales), dtype, device)
     model.int4_scales = scales
     return model
 
 
-def _decoded(
-    files: WeightFiles, names: Mapping[Stored, str], scales: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
+def _decoded(release: "Release", scales: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The network's tensors by name, int4 ones as float32 values; `scales` collects their scales."""
-    for source, group in groupby(names, key=lambda stored: stored.source):
-        parts = {stored.role: files.read(names[stored]) for stored in group}
+    for name in release.stored:
+        values, of_tensor = release.read(name)
+        if of_tensor is not None:
+            scales[name] = of_tensor
+        yield name, values
+
+
+class Release:
+    """A release folder whose config and headers are in order, to read single tensors of. Raises UserError."""
+
+    def __init__(self, path: Path) -> None:
+        values = read_json(path / "config.json")
+        int4 = release_format.check_quantization(values, path / "config.json")
+        self.path = path
+        self.shape = release_format.model_config(values, path / "config.json", int4)
+        self._files = WeightFiles(path)
+        self.stored: dict[str, dict[str, str]] = {}  # tensor of the network -> role -> name in the files
+        for stored in stored_tensors(self.shape, "int4" if int4 else "bf16"):
+            self.stored.setdefault(stored.source, {})[stored.role] = self._files.check(stored)
+        known = {name for roles in self.stored.values() for name in roles.values()}
+        unknown = sorted(self._files.tensors.keys() - known)
+        if unknown:
+            raise UserError(f"{path}: unknown tensor {unknown[0]}")
+
+    def read(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """`rows` of a tensor as they are stored, or dequantised to float32 together with their scales."""
+        parts = {role: self._files.read(stored)[rows] for role, stored in self.stored[name].items()}
         if "plain" in parts:
-            yield source, parts["plain"]
-            continue
+            return parts["plain"], None
         if (parts["scales"] < 0).any():
-            raise UserError(f"{files.folder}: the scales of {source} are negative in places")
-        scales[source] = parts["scales"]
-        yield source, dequantise(unpack(parts["codes"]), parts["scales"])
+            raise UserError(f"{self.path}: the scales of {name} are negative in places")
+        return dequantise(unpack(parts["codes"]), parts["scales"]), parts["scales"]
 
 
 def build(

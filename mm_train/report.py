@@ -7,6 +7,7 @@ validation-{bf16,int4}.json of mm_train.validate, and samples.json of mm_train.g
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ EXAMPLES = """examples:
   python -m mm_train.report runs/quickstart/pretrain --out pretrain.html
 """
 
+EVENTS = {  # kind -> what one is called
+    "resumed": "resume",
+    "skipped": "skipped step",
+    "rollback": "rollback",
+    "alert": "alert",
+    "stopped": "requested stop",
+}
 BASELINES = {"unigram entropy": "unigram_bits_per_byte", "zstd -19": "zstd19_bits_per_byte"}
 
 
@@ -154,11 +162,38 @@ def int4_lines(report: Report) -> list[str]:
     ]
 
 
+def course_lines(report: Report) -> list[str]:
+    """For each stage what went on beside training: how long checkpoints stopped it, and events by kind."""
+    lines = []
+    for stage in report.stages:
+        stalls = [r["stalled_seconds"] for r in stage.checkpoints if r.get("stalled_seconds") is not None]
+        parts = []
+        if stalls:
+            parts.append(f"training stood still {sum(stalls):.1f} s for {plural(len(stalls), 'checkpoint')}")
+        kinds = Counter(event.kind for event in stage.events)
+        parts += [plural(number, EVENTS[kind]) for kind, number in kinds.items()]
+        if parts:
+            lines.append(f"{stage.name}: {', '.join(parts)}")
+    return lines
+
+
+def plural(number: int, noun: str) -> str:
+    """A number of things."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def summary(report: Report, page: Path) -> str:
     """The report for the console."""
+    stages = [align(stage_table(report))]
+    if report.sources:
+        stages.append(f"{', '.join(report.sources)}: held-out bits per byte, lower is better")
+    benchmarks = [f"Benchmarks: {score_line(report)}"]
+    if report.evaluation:
+        benchmarks.append(align(score_table(report)))
     parts = [
-        align(stage_table(report)),
-        f"Benchmarks: {score_line(report)}",
+        "\n".join(stages),
+        "\n".join(course_lines(report)),
+        "\n".join(benchmarks),
         "\n".join([f"Release: {release_line(report)}", *int4_lines(report)]),
         *(
             f"Sample ({s['kind']}): {' '.join((s['prompt'] + ' >>> ' + s['text']).split())[:300]}"
@@ -166,11 +201,7 @@ def summary(report: Report, page: Path) -> str:
         ),
         f"Report: {page}",
     ]
-    if report.sources:
-        parts[0] += f"\n{', '.join(report.sources)}: held-out bits per byte, lower is better"
-    if report.evaluation:
-        parts[1] += "\n" + align(score_table(report))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def decimal(value: float | None) -> str:
@@ -201,7 +232,7 @@ def render(report: Report) -> str:
     try:
         import jinja2
 
-        from mm_train import report_charts as charts
+        from mm_train import report_charts, report_panels
     except ImportError as error:
         raise UserError(f'the report needs {error.name}: pip install "mobilemoe-train[report]"') from None
     environment = jinja2.Environment(
@@ -211,7 +242,11 @@ def render(report: Report) -> str:
     template = environment.from_string(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
     return template.render(
         report=report,
-        charts=charts,
+        charts=report_charts,
+        drawn_sections=report_panels.drawn_sections(report.stages),
+        load_history=report_panels.load_history,
+        course_lines=course_lines(report),
+        event_names=EVENTS,
         stage_table=stage_table(report),
         baseline_labels=list(BASELINES),
         score_line=score_line(report),

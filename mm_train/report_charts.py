@@ -16,17 +16,17 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import Formatter, FuncFormatter, PercentFormatter
 
-from mm_train.log_lines import load_factors, short
+from mm_train.log_lines import short
 from mm_train.run_folder import Series, Stage
 
 # Placeholder -> CSS variable of the page.
 INK, SOFT, RULE = "#0a0b01", "#0a0b02", "#0a0b03"
-SERIES = ("#0a0b10", "#0a0b11", "#0a0b12", "#0a0b13", "#0a0b14", "#0a0b15")
+SERIES = tuple(f"#0a0b1{index}" for index in range(8))
+TROUBLE = SERIES[5]
 VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule"} | {colour: f"--c{i}" for i, colour in enumerate(SERIES)}
 
-WIDE, LOW, NARROW = (920, 330), (920, 210), (440, 210)  # CSS pixels
+WIDE, NARROW = (920, 330), (440, 210)  # CSS pixels
 
 STYLE = {
     "svg.fonttype": "none",
@@ -66,6 +66,7 @@ def loss_chart(stages: list[Stage], sources: list[str]) -> str:
     """Training loss and the held-out loss of every source, in nats per token."""
     with panels(stages, WIDE) as (figure, axes):
         for stage, axis in zip(stages, axes, strict=True):
+            mark_events(axis, stage)
             axis.plot(*stage.series("loss"), color=SOFT, linewidth=1.1)
             for index, source in enumerate(sources):
                 plot_held_out(axis, stage.held_out(source, "loss"), SERIES[index % len(SERIES)])
@@ -94,61 +95,29 @@ def bits_chart(stages: list[Stage], sources: list[str], source: str, baselines: 
         return as_svg(figure, f"Held-out bits per byte of {source} in each stage")
 
 
-def health_charts(stages: list[Stage]) -> list[tuple[str, str, str]]:
-    """(title, explanation, SVG) for every recorded value that tells whether training was healthy."""
-    percent, count = PercentFormatter(1.0, decimals=None), FuncFormatter(lambda value, _: short(value) or "")
-    charts = [
-        ("lr", "Learning rate", "On a logarithmic scale.", FuncFormatter(lambda value, _: f"{value:.0e}"), True),
-        ("grad_norm", "Gradient norm", "Before clipping.", count, False),
-        (
-            "dropped_fraction",
-            "Dropped assignments",
-            "Share of token-to-expert assignments over capacity.",
-            percent,
-            False,
-        ),
-        ("tokens_per_second", "Tokens a second", "Over all ranks.", count, False),
-    ]
-    return [
-        (title, note, value_chart(stages, name, title, formatter, log))
-        for name, title, note, formatter, log in charts
-        if any(stage.series(name)[1] for stage in stages)
-    ]
+def mark_events(axis: Axes, stage: Stage) -> None:
+    """A dotted line where a new process took over or one stopped, a dashed one for anything worse."""
+    for event in stage.events:
+        calm = event.kind in ("resumed", "stopped")
+        axis.axvline(
+            stage.tokens_after(event.step),
+            color=SOFT if calm else TROUBLE,
+            linewidth=0.9,
+            dashes=(1, 2) if calm else (4, 2),
+            zorder=0.5,
+        )
 
 
-def value_chart(stages: list[Stage], name: str, title: str, formatter: Formatter, log: bool) -> str:
-    """One recorded training value."""
-    with panels(stages, NARROW) as (figure, axes):
-        for stage, axis in zip(stages, axes, strict=True):
-            axis.plot(*stage.series(name), color=SERIES[0])
-        peak = max(max(stage.series(name)[1], default=0.0) for stage in stages) or 1.0
-        if log:
-            axes[0].set_yscale("log")
-            axes[0].set_ylim(peak * 1e-4, peak * 2)
-        else:
-            axes[0].set_ylim(0, peak * 1.08)
-        axes[0].yaxis.set_major_formatter(formatter)
-        return as_svg(figure, f"{title} in each stage")
+def load_cell(layer: int, column: int, load: float, what: str) -> str:
+    """One cell of a load map: `load` times the mean; half of it is cold and twice the mean hot, both fully opaque.
 
-
-def load_chart(stages: list[Stage]) -> str:
-    """For every layer, how many times the mean its busiest expert gets."""
-    with panels(stages, LOW) as (figure, axes):
-        for stage, axis in zip(stages, axes, strict=True):
-            points = [(r["tokens"], load_factors(r["expert_load"])) for r in stage.train if r.get("expert_load")]
-            axis.plot([x for x, _ in points], [y for _, y in points], color=SERIES[0], linewidth=1.1, alpha=0.7)
-        axes[0].set_ylim(bottom=1)
-        axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-        return as_svg(figure, "Busiest expert of each layer, times the mean, in each stage")
-
-
-def load_cell(layer: int, expert: int, load: float) -> str:
-    """One cell of a load map: `load` times the mean; half of it is cold and twice the mean hot, both fully opaque."""
+    `what` says what a column is.
+    """
     heat = math.log2(min(max(load, 0.5), 2.0))
     colour = "--hot" if heat > 0 else "--cold"
     return (
-        f'<rect x="{expert}" y="{layer}" width="1" height="1" fill="var({colour})" fill-opacity="{abs(heat):.2f}">'
-        f"<title>layer {layer}, expert {expert}: {load:.2f}x</title></rect>"
+        f'<rect x="{column}" y="{layer}" width="1" height="1" fill="var({colour})" fill-opacity="{abs(heat):.2f}">'
+        f"<title>layer {layer}, {what} {column}: {load:.2f}x</title></rect>"
     )
 
 
@@ -190,7 +159,7 @@ def as_svg(figure: Figure, description: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib|xtick|ytick)[^"]*"', "", svg)
+    svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib|xtick|ytick|FillBetween)[^"]*"', "", svg)
     svg = re.sub(r"<!--.*?-->", "", svg)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)
     svg = re.sub(r"font: (?:[\w ]*?)([\d.]+px) [^;\"]*", r"font-size: \1", svg)

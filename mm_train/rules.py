@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 CHOICES = {
     "model.scoring_func": ("sigmoid", "softmax"),
     "train.dtype": ("float32", "bfloat16"),
+    "train.recompute": ("none", "layer"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "moe.dispatch": ("dropless", "drop_and_pad"),
     "quant.expert_group_axis": ("out", "in"),
     "parallel.engine": ("auto", "deepspeed", "plain"),
-    "parallel.zero_stage": (1, 2),
+    "parallel.zero_stage": (0, 1, 2),
+    "faults.spike_action": ("warn", "rollback", "stop"),
     "log.wandb": ("auto", "online", "offline", "disabled"),
 }
 
@@ -82,8 +84,14 @@ RANGES = {
     "moe.bias_update_rate": Range(0, 10),
     "moe.z_loss_weight": Range(0, 1000),
     "parallel.expert_parallel": Range(0, 65_536, above=True),
+    "parallel.tensor_parallel": Range(0, 1024, above=True),
     "checkpoint.every": Range(0, COUNT, above=True),
     "checkpoint.keep": Range(0, COUNT, above=True),
+    "checkpoint.keep_every": Range(0, COUNT),
+    "faults.max_skipped_steps": Range(0, COUNT),
+    "faults.spike_factor": Range(0, 1e6),
+    "faults.max_rollbacks": Range(0, COUNT),
+    "faults.hang_seconds": Range(0, 1e9),
     "log.every": Range(0, COUNT, above=True),
 }
 MAX_WEIGHT = 1e9  # of a source in the mixture
@@ -96,7 +104,7 @@ def validate(config: Config) -> None:
     validate_training(config)
     validate_stage(config)
     _refuse(_run_rules(config))
-    config.micro_steps(config.parallel.expert_parallel)
+    config.micro_steps(config.parallel.expert_parallel * config.parallel.tensor_parallel)
 
 
 def validate_training(config: Config) -> None:
@@ -104,7 +112,7 @@ def validate_training(config: Config) -> None:
 
     Raises UserError that names keys and values.
     """
-    for section in ("data", "train", "optim", "moe", "quant", "parallel", "checkpoint", "log"):
+    for section in ("data", "train", "optim", "moe", "quant", "parallel", "checkpoint", "faults", "log"):
         check_values(section, getattr(config, section))
     validate_model(config.model)
     _refuse(_training_rules(config))
@@ -190,6 +198,7 @@ def _training_rules(config: Config) -> Rules:
         experts > 0 or ep == 1,
         f"parallel.expert_parallel is {ep}; a dense network (model.num_local_experts 0) has no experts to share out",
     )
+    yield from _tensor_parallel_rules(config)
     yield (
         model.num_experts_per_tok != 1 or not model.norm_topk_prob,
         "model.norm_topk_prob with num_experts_per_tok 1 makes every weight 1, and the router learns nothing:"
@@ -205,6 +214,22 @@ def _training_rules(config: Config) -> Rules:
     yield (
         all(0 <= weight <= MAX_WEIGHT for weight in data.mixture.values()),
         f"data.mixture has a negative or infinite weight, or one above {MAX_WEIGHT:g}: {data.mixture}",
+    )
+
+
+def _tensor_parallel_rules(config: Config) -> Rules:
+    tp = config.parallel.tensor_parallel
+    for key in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size_mlp"):
+        value = getattr(config.model, key)
+        yield value % tp == 0, f"parallel.tensor_parallel ({tp}) must divide model.{key} ({value})"
+    yield (
+        tp == 1 or not config.quant.enabled,
+        f"parallel.tensor_parallel is {tp} with quant.enabled: int8 activations are scaled by whole rows, which a rank"
+        " does not have; use parallel.expert_parallel and more processes instead",
+    )
+    yield (
+        tp == 1 or config.parallel.engine != "plain",
+        f"parallel.tensor_parallel is {tp} with parallel.engine=plain, one process: use deepspeed or auto",
     )
 
 
@@ -228,6 +253,12 @@ def _run_rules(config: Config) -> Rules:
     yield sum(mixture.values()) > 0, f"data.mixture weights sum to 0: {mixture}"
     yield bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"
     yield bool(config.data.path), "data.path is empty: name a data set folder written by data_prep"
+    steps = config.profile.steps
+    first, _, last = steps.partition("-")
+    yield (
+        not steps or (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)),
+        f"profile.steps is {steps!r}; it must be a step or a range of steps, counted from 1, e.g. 10-12",
+    )
 
 
 def _refuse(rules: Rules) -> None:

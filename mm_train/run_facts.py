@@ -3,11 +3,11 @@
 What is not recorded is left out, never guessed.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mm_train import config
+from mm_train.checkpoint.folders import latest, step_of
 from mm_train.cli import UserError
 from mm_train.run_folder import read_stage
 from mm_train.shards import read_manifest
@@ -27,7 +27,7 @@ def run_facts(run: Path) -> dict[str, Any]:
     while folder is not None:
         step = None
         if folder.parent.name == "checkpoints":  # a checkpoint of a run
-            step, folder = _step(folder), folder.parent.parent
+            step, folder = step_of(folder), folder.parent.parent
         if folder.resolve() in seen or not (folder / "metrics.jsonl").is_file():
             break
         seen.add(folder.resolve())
@@ -82,15 +82,5 @@ def _licence(source: Path) -> dict[str, str]:
 
 def _latest_step(run: Path) -> int | None:
     """Step of a run's newest checkpoint."""
-    try:
-        return _step(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip())
-    except OSError:
-        return None
-
-
-def _step(checkpoint: Path) -> int | None:
-    """Step of a checkpoint folder. (mm_train.checkpoint would load torch.)"""
-    try:
-        return int(json.loads((checkpoint / "manifest.json").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    folder = latest(run)
+    return None if folder is None else step_of(folder)

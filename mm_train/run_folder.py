@@ -1,14 +1,25 @@
 """Reads the run folders that training leaves behind: one Stage each. Torch-free."""
 
+import fnmatch
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from mm_train.cli import UserError
 from mm_train.log_lines import Record
+from mm_train.metric_names import NAMES, named
 from mm_train.metrics import read_metrics
 
 Series = tuple[list[float], list[float]]  # tokens so far, values
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a person may want to know of, after `step`."""
+
+    step: int
+    kind: str  # resumed | skipped | rollback | alert | stopped
+    text: str
 
 
 @dataclass
@@ -20,6 +31,9 @@ class Stage:
     facts: Record  # the latest "run" record
     train: list[Record]  # in order of step
     validation: dict[str, list[Record]]  # by source, in order of step
+    checkpoints: list[Record]  # in order of step
+    events: list[Event]  # in order of step
+    named: dict[str, Series]  # every recorded number under its name in metric_names
     finished: bool
     config: str  # resolved configuration, YAML
 
@@ -51,10 +65,19 @@ class Stage:
         points = [(r["tokens"], r[name]) for r in self.train if r.get("tokens") and r.get(name) is not None]
         return [x for x, _ in points], [y for _, y in points]
 
+    def matching(self, patterns: tuple[str, ...]) -> dict[str, Series]:
+        """The series whose names fit one of the patterns ("*" stands for anything), pattern by pattern."""
+        names = [name for pattern in patterns for name in fnmatch.filter(self.named, pattern)]
+        return {name: self.named[name] for name in names}
+
+    def tokens_after(self, step: int) -> float:
+        """Tokens that the stage has trained on after `step`."""
+        return step * (self.facts.get("global_batch_tokens") or 1)
+
     def held_out(self, source: str, name: str) -> Series:
         """A held-out value of one source over the stage ("loss", "bits_per_byte")."""
-        batch = self.facts.get("global_batch_tokens") or 1
-        points = [(r["step"] * batch, r[name]) for r in self.validation.get(source, []) if r.get(name) is not None]
+        records = [r for r in self.validation.get(source, []) if r.get(name) is not None]
+        points = [(self.tokens_after(r["step"]), r[name]) for r in records]
         return [x for x, _ in points], [y for _, y in points]
 
     def last_held_out(self, source: str, name: str) -> float | None:
@@ -87,6 +110,7 @@ def read_stage(folder: Path) -> Stage:
     validation: dict[str, list[Record]] = {}
     for record in records.get("validation", []):
         validation.setdefault(record["source"], []).append(record)
+    batch = facts.get("global_batch_tokens") or 1
     config = folder / "config.yaml"
     return Stage(
         name=facts.get("stage") or folder.name,
@@ -94,6 +118,37 @@ def read_stage(folder: Path) -> Stage:
         facts=facts,
         train=records.get("train", []),
         validation=validation,
+        checkpoints=records.get("checkpoint", []),
+        events=read_events(records),
+        named=read_named(records, batch),
         finished=(folder / "DONE").exists(),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
     )
+
+
+def read_events(records: dict[str, list[Record]]) -> list[Event]:
+    """Resumes, skipped steps, rollbacks, alerts and stops, in order of step."""
+    events = [
+        Event(run["first_step"], "resumed", f"a new process went on after step {run['first_step']}")
+        for run in records.get("run", [])
+        if run.get("first_step")
+    ]
+    for kind in ("skipped", "rollback", "alert", "stopped"):
+        for record in records.get(kind, []):
+            text = f"{record['title']}: {record['text']}" if kind == "alert" else record["reason"]
+            if kind == "rollback":
+                text = f"back to step {record['to_step']}: {text}"
+            events.append(Event(record["step"], kind, text))
+    return sorted(events, key=lambda event: (event.step, event.kind == "resumed"))  # what was before went before
+
+
+def read_named(records: dict[str, list[Record]], batch: int) -> dict[str, Series]:
+    """Every number of the records as a series, in order of step; `batch`: tokens of a step."""
+    points: dict[str, dict[float, float]] = {}
+    for kind in NAMES:
+        for record in records.get(kind, []):
+            tokens = record.get("tokens") if kind == "train" else None
+            for name, value in named(record).items():
+                if value is not None:
+                    points.setdefault(name, {})[tokens or record["step"] * batch] = value
+    return {name: (sorted(found), [found[x] for x in sorted(found)]) for name, found in points.items()}

@@ -6,16 +6,28 @@ torchrun --nproc-per-node 2 -m mm_train.train MODEL.yaml STAGE.yaml parallel.exp
 
 import argparse
 import json
-import math
-import resource
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm_train import config
 from mm_train.cli import UserError, command
+from mm_train.stopping import STOPPED, StopRequest
+
+if TYPE_CHECKING:
+    from mm_train.parallel.groups import Groups
+    from mm_train.tokenizer import Tokenizer
+    from mm_train.watchdog import Watchdog
+    from mm_train.weights import Source
+
+EPILOG = f"""Every key is in mm_train/config.py. YAML files merge left to right; key.sub=value overrides come last.
+
+SIGTERM, SIGUSR1 or a file STOP in the run folder end the run after a checkpoint, with exit status {STOPPED}.
+"""
 
 
 @command
@@ -23,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mm_train.train",
         description="Train one stage. Running the same command again resumes from the last checkpoint.",
-        epilog="Every key is in mm_train/config.py. YAML files merge left to right; key.sub=value overrides come last.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("configs", nargs="+", metavar="FILE.yaml | key=value", help="config files, then overrides")
     args = parser.parse_args(argv)
@@ -32,26 +45,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     if done.exists():
         print(f"{cfg.run.stage}: already finished ({done}); remove the run folder to train it again")
         return 0
-    train(cfg)
-    return 0
+    return train(cfg)
 
 
-def train(cfg: config.Config) -> None:
-    """Run the stage to its end. Raises UserError for inputs that cannot work, before anything is trained."""
+def train(cfg: config.Config) -> int:
+    """Run the stage to its end (0), or to a stop on request (STOPPED).
+
+    Raises UserError for inputs that cannot work, before anything is trained, and when training diverges.
+    """
+    with StopRequest(cfg.run.dir, is_main=os.environ.get("RANK", "0") == "0") as stop:  # before the slow imports
+        from mm_train.parallel.groups import init_groups, lost_contact
+        from mm_train.watchdog import Watchdog
+
+        groups = init_groups(cfg.parallel)
+        with Watchdog(cfg.run.dir, groups.rank, groups.world, cfg.faults.hang_seconds) as watchdog:
+            try:
+                status = _train(cfg, groups, stop, watchdog)
+            except RuntimeError as error:
+                if groups.world > 1 and lost_contact(error):
+                    raise UserError(f"lost contact with another rank, which says why: {error}") from None
+                raise
+            groups.close()  # only now: with a rank gone, leaving in order could wait for it
+        return status
+
+
+def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "Watchdog") -> int:
     import torch
 
-    from mm_train import checkpoint, optim
+    from mm_train.alerts import Alerts
+    from mm_train.anomalies import diverged
+    from mm_train.checkpoint.reader import open_newest
     from mm_train.data import Loader, open_sources
     from mm_train.files import write_atomic
-    from mm_train.inventory import active_parameters
+    from mm_train.inventory import active_parameters, parameters
     from mm_train.metrics import Metrics
-    from mm_train.model import MobileMoE
-    from mm_train.model_folder import check_same_tokenizer, load_weights
-    from mm_train.parallel import build_engine, init_groups, shard_experts
-    from mm_train.quant import FakeQuant, enable_fake_quant
-    from mm_train.statistics import Interval, progress
+    from mm_train.parallel.assemble import assemble
+    from mm_train.parallel.engine import build_engine
+    from mm_train.profiling import Profiler
+    from mm_train.statistics import progress
     from mm_train.tokenizer import check_vocabulary, load_tokenizer
-    from mm_train.validate import validate
+    from mm_train.trainer import Trainer
+    from mm_train.weights import fill
 
     started = time.perf_counter()
     run_dir = Path(cfg.run.dir)
@@ -61,38 +95,18 @@ def train(cfg: config.Config) -> None:
     held_out = open_sources(cfg.data.path, cfg.data.validation, "val", cfg.data.seq_len)
     tokenizer = load_tokenizer(cfg.data.path)
     check_vocabulary(tokenizer, cfg.model)
-    groups = init_groups(cfg.parallel)
-    global_rows = cfg.train.global_batch_tokens // cfg.data.seq_len
     micro_steps = cfg.micro_steps(groups.world)
-    resume_from = checkpoint.latest(run_dir)
-    reader = checkpoint.Reader(resume_from) if resume_from else None
-    if reader is not None:
-        reader.check_model(cfg.model)
-        checkpoint.check_data(reader, loader.fingerprint, global_rows)
-        if reader.manifest["step"] > cfg.total_steps:
-            raise UserError(
-                f"{resume_from} is beyond train.tokens: {reader.manifest['step']} steps done, {cfg.total_steps} wanted"
-            )
+    notices: list[str] = []
+    reader = open_newest(run_dir, groups, notices.append)
+    if reader is not None and reader.step > cfg.total_steps:
+        raise UserError(f"{reader.folder} is beyond train.tokens: {reader.step} steps done, {cfg.total_steps} wanted")
 
-    # --- model: built whole, then changed from outside, in this order ---------------------------------------------
-    model = MobileMoE(cfg.model, getattr(torch, cfg.train.dtype))
-    model.init_weights(cfg.train.seed)
-    if cfg.init_from and reader is None:
-        load_weights(model, Path(cfg.init_from))
-        check_same_tokenizer(Path(cfg.init_from), tokenizer, cfg.data.path)
-    if cfg.moe.dispatch == "drop_and_pad":
-        for layer in model.moe_layers():
-            layer.dispatcher.capacity_factor = cfg.moe.capacity_factor
-    if cfg.quant.enabled:
-        enable_fake_quant(model, FakeQuant.of(cfg.quant))
-    num_parameters = sum(p.numel() for p in model.parameters())
-    shard_experts(model, groups)
-    model.to(groups.device).train()
+    # --- model: this rank's part of it, filled from where its values are ------------------------------------------
+    torch.manual_seed(cfg.train.seed)  # nothing draws from it today; two runs of one config save the same state
+    model = assemble(cfg, groups)
+    if reader is None:
+        fill(model, cfg.model, first_values(cfg, tokenizer, groups), groups.place)
     engine = build_engine(model, cfg, groups)
-    first_step = 0
-    if reader is not None:
-        checkpoint.restore(reader, engine, groups)
-        first_step = reader.manifest["step"]
 
     # --- log ------------------------------------------------------------------------------------------------------
     metrics = Metrics(
@@ -103,6 +117,9 @@ def train(cfg: config.Config) -> None:
         project=cfg.log.project,
         run_name=f"{cfg.model.name}-{cfg.run.stage}",
     )
+    trainer = Trainer(cfg, groups, engine, loader, metrics, watchdog)
+    if reader is not None:
+        trainer.resume(reader)
     if groups.is_main:
         config.save(cfg, run_dir / "config.yaml")
         tokenizer.save(run_dir)
@@ -110,87 +127,97 @@ def train(cfg: config.Config) -> None:
         stage=cfg.run.stage,
         model=cfg.model.name,
         total_steps=cfg.total_steps,
-        first_step=first_step,
+        first_step=trainer.step,
         world=groups.world,
-        expert_parallel=groups.ep_size,
+        expert_parallel=groups.place.ep_size,
+        tensor_parallel=groups.place.tp_size,
+        zero_stage=cfg.parallel.zero_stage,
         micro_steps=micro_steps,
-        params_total=num_parameters,
+        params_total=sum(parameters(cfg.model).values()),
         params_active=sum(active_parameters(cfg.model).values()),
         global_batch_tokens=cfg.train.global_batch_tokens,
         seq_len=cfg.data.seq_len,
-        epochs=loader.mixture.epochs(cfg.total_steps * global_rows),
+        data_mixture={name: quota / 1000 for name, quota in loader.mixture.quotas.items()},
+        epochs=loader.mixture.epochs(cfg.total_steps * trainer.rows),
     )
-    if first_step:
-        metrics.say(f"resuming after step {first_step} from {resume_from}")
-    biases = [layer.expert_bias for layer in model.moe_layers()]
-    interval = Interval(cfg, groups)
-
-    def held_out_scores(step: int) -> None:
-        for source, score in validate(
-            model,
-            held_out,
-            tokenizer.token_bytes(),
-            cfg.data.seq_len,
-            cfg.train.micro_batch_size,
-            groups,
-            cfg.train.validation_tokens,
-        ).items():
-            metrics.validation(step, source, **asdict(score))
-
-    def save_checkpoint(step: int) -> None:
-        begun = time.perf_counter()
-        facts = {"samples": step * global_rows, "data_fingerprint": loader.fingerprint}
-        folder = checkpoint.save(run_dir, step, engine, groups, cfg, facts)
-        size = sum(f.stat().st_size for f in folder.iterdir())
-        metrics.checkpoint(step, seconds=time.perf_counter() - begun, bytes=size)
+    for notice in notices:
+        metrics.alert(trainer.step, "damaged checkpoint", notice)
+    if reader is not None:
+        metrics.say(f"resuming after step {trainer.step} from {reader.folder}")
+    alerts = Alerts(metrics)
+    profiler = Profiler(cfg.profile.steps, run_dir, groups.rank, groups.device, metrics.say)
 
     # --- the loop -------------------------------------------------------------------------------------------------
-    if first_step == 0 and held_out and not cfg.init_from:  # a later stage starts where the stage before ended
-        held_out_scores(0)
-    interval.start()
-    for step in progress(range(first_step, cfg.total_steps), cfg, groups):
-        begun = time.perf_counter()
-        batches = list(loader.micro_batches(step, global_rows, cfg.train.micro_batch_size, groups.rank, groups.world))
-        interval.data_seconds += time.perf_counter() - begun
-        scored = groups.sum(torch.tensor(float(sum(b.num_scored for b in batches)), device=groups.device))
-        scored.clamp_(min=1)  # a batch may have nothing to score
-        for batch in batches:
-            losses = engine.forward(batch.to(groups.device))
-            loss = losses.cross_entropy_sum / scored
-            z_loss = losses.z_loss_sum / cfg.train.global_batch_tokens
-            engine.backward((loss + cfg.moe.z_loss_weight * z_loss) * engine.loss_scale)
-            interval.add_micro(losses)
-        rate = optim.learning_rate(step, cfg.total_steps, cfg.optim)
-        grad_norm = float(engine.step(rate))
-        if not 0 <= grad_norm < math.inf:  # DeepSpeed reports -1 for NaN
-            raise UserError(
-                f"training diverged: the gradient norm of step {step + 1} is {grad_norm}; the last checkpoint is"
-                f" {checkpoint.latest(run_dir)}; try a lower optim.lr (now {cfg.optim.lr}) or more optim.warmup_steps"
-            )
-        counts_LE = interval.finish_step(float(scored))
-        optim.update_expert_bias(biases, counts_LE, cfg.moe.bias_update_rate)
+    if trainer.step == 0 and held_out and not cfg.init_from:  # a later stage starts where the stage before ended
+        trainer.validate(held_out, tokenizer.token_bytes())
+    trainer.interval.start()
+    bar = progress(trainer.step, cfg, groups)
+    while trainer.step < cfg.total_steps:
+        profiler.begin(trainer.step + 1)
+        outcome = trainer.train_step(stop.wanted() is not None)
+        profiler.end(trainer.step)
+        step, verdict, loss, norm = trainer.step, outcome.verdict, outcome.totals.loss, outcome.norms["total"]
+        if verdict.action == "skip":
+            metrics.skipped(step, loss, norm, trainer.anomalies.skipped_steps)
+        elif verdict.action in ("warn", "rollback"):
+            metrics.alert(step, "loss spike", verdict.reason)
+        elif verdict.action == "stop":
+            metrics.alert(step, "training diverges", verdict.reason, level="error")
+            trainer.finish_writing()
+            raise diverged(step, verdict, trainer.last_checkpoint(), cfg.optim)
+        if verdict.action == "rollback" and trainer.roll_back(verdict.reason):
+            trainer.interval.start()
+        else:
+            if step % cfg.log.every == 0 or step == cfg.total_steps:
+                values = trainer.interval.values(step) | {"lr": outcome.rate, "grad_norm": norm}
+                values |= {"grad_norm_parts": {k: v for k, v in outcome.norms.items() if k != "total"}}
+                counts = {key: getattr(trainer.anomalies, key) for key in ("skipped_steps", "rollbacks")}
+                metrics.train(step, **values, **counts, seconds=time.perf_counter() - started)
+                if verdict.action != "skip":
+                    alerts.look(step, values)
+                trainer.interval.start()
+            every = cfg.train.validate_every
+            if held_out and (step == cfg.total_steps or (every and step % every == 0)):
+                trainer.validate(held_out, tokenizer.token_bytes())
+            if outcome.totals.stop or step == cfg.total_steps or step % cfg.checkpoint.every == 0:
+                trainer.save()
+        trainer.report_written()
+        bar.update(trainer.step - bar.n)
+        if outcome.totals.stop and trainer.step < cfg.total_steps:
+            break
+    bar.close()
+    profiler.close()
+    trainer.finish_writing()
 
-        trained = time.perf_counter()
-        finished = step + 1
-        last = finished == cfg.total_steps
-        if finished % cfg.log.every == 0 or last:
-            values = interval.values(finished) | {"lr": rate, "grad_norm": grad_norm}
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            metrics.train(finished, **values, seconds=time.perf_counter() - started, memory_gib=memory)
-            interval.start()
-            trained = time.perf_counter()
-        if held_out and (last or (cfg.train.validate_every and finished % cfg.train.validate_every == 0)):
-            held_out_scores(finished)
-        if last or finished % cfg.checkpoint.every == 0:
-            save_checkpoint(finished)
-        interval.exclude(time.perf_counter() - trained)
-
+    if trainer.step < cfg.total_steps:
+        reasons = [reason for reason in groups.gather(stop.wanted()) if reason]
+        metrics.stopped(trainer.step, ", ".join(dict.fromkeys(reasons)))
+        metrics.close()
+        stop.honoured()
+        return STOPPED
     if groups.is_main:
         summary = {"step": cfg.total_steps, "tokens": cfg.total_steps * cfg.train.global_batch_tokens}
         write_atomic(run_dir / "DONE", (json.dumps(summary) + "\n").encode())
     metrics.done(cfg.total_steps, seconds=time.perf_counter() - started)
     metrics.close()
-    groups.close()
+    return 0
+
+
+def first_values(cfg: config.Config, tokenizer: "Tokenizer", groups: "Groups") -> "Source":
+    """Where the weights of a new run come from: `init_from`, or chance."""
+    if not cfg.init_from:
+        from mm_train.weights import initial
+
+        return initial(cfg.model, cfg.train.seed)
+    from mm_train.model_folder import check_same_tokenizer, weight_source
+
+    folder = Path(cfg.init_from)
+    model, source = weight_source(folder, groups)
+    difference = config.model_difference(cfg.model, model)
+    if difference:
+        raise UserError(f"init_from {folder} is another model: {difference}")
+    check_same_tokenizer(folder, tokenizer, cfg.data.path)
+    return source
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mm_train.cli import UserError, command
 from mm_train.data import collate, open_sources
 from mm_train.files import write_atomic
 from mm_train.model import MobileMoE
-from mm_train.parallel import Groups
+from mm_train.parallel.groups import Groups
 from mm_train.shards import ShardReader
 from mm_train.tokenizer import load_tokenizer
 
@@ -78,9 +78,9 @@ def _sum_rows(
 ) -> Tensor:
     """Nats, scored tokens and their bytes over this rank's share of the rows, float64."""
     sums = torch.zeros(3, dtype=torch.float64, device=groups.device)
-    for start in range(0, len(windows), rows * groups.world):
+    for start in range(0, len(windows), rows * groups.dp_size):
         # All ranks make equally many forward passes, as all-to-all needs; rows beyond the end score nothing.
-        first = start + groups.rank * rows
+        first = start + groups.dp_rank * rows
         mine = [windows[i % len(windows)] for i in range(first, first + rows)]
         batch = collate([reader.window(window, seq_len) for window in mine]).to(groups.device)
         batch.labels_BT[max(0, len(windows) - first) :] = IGNORE

@@ -54,7 +54,7 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("model.hidden_size=100", r"model.hidden_size \(100\) must be a multiple of 32"),
         ("model.num_key_value_heads=3", r"num_key_value_heads \(3\) must divide"),
         ("model.num_experts_per_tok=99", r"num_experts_per_tok \(99\) must not exceed"),
-        ("parallel.zero_stage=3", r"parallel.zero_stage is 3; it must be one of 1, 2"),
+        ("parallel.zero_stage=3", r"parallel.zero_stage is 3; it must be one of 0, 1, 2"),
         ("model.num_attention_heads=3 model.num_key_value_heads=3 model.head_dim=16", r"\(48\) must be a multiple"),
         ("optim.betas=[0.9", r"override 'optim.betas=\[0.9' is not readable"),
         ("run.dir=${oops}", r"run.dir"),

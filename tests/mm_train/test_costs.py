@@ -104,6 +104,16 @@ def test_drop_and_pad_does_more_than_the_model_needs():
     assert hardware_train_flops(dense, Layout(capacity_factor=1.5)) == sum(train_flops(dense, 2048).values())
 
 
+def test_what_is_computed_twice():
+    model = load("s")
+    flops = train_flops(model, 2048)
+    total = sum(flops.values())
+    again = hardware_train_flops(model, Layout(recompute=True)) - total
+    assert again == pytest.approx((total - flops["head"]) / 3)
+    doubled = hardware_train_flops(model, Layout(2, tensor_parallel=2, deepspeed=True)) - total
+    assert doubled == flops["routed experts"] + flops["router"]
+
+
 def test_cache_of_a_token():
     assert kv_bytes_per_token(load("s")) == 2 * 20 * 4 * 64 * 2
     assert kv_bytes_per_token(load("s"), 1) * 2 == kv_bytes_per_token(load("s"))
@@ -113,11 +123,14 @@ def test_cache_of_a_token():
     ("gpus", "ep", "zero", "capacity", "reduced", "gathered", "exchanged"),
     [
         # world, expert parallel, ZeRO, capacity factor; bytes sent by a rank in a step, of which (dense, experts)
+        (2, 1, 0, None, (7_564_800,), (0,), 0),
         (2, 1, 1, None, (7_564_800,), (3_782_400,), 0),
         (2, 1, 2, 1.5, (15_129_600,), (3_782_400,), 0),
         (4, 2, 1, 1.5, (4_269_312, 2_359_296), (2_134_656, 1_179_648), 4_718_592),
         (4, 2, 2, 1.5, (8_538_624, 4_718_592), (2_134_656, 1_179_648), 4_718_592),
+        (2, 2, 0, 1.5, (2_846_208, 0), (0, 0), 4_718_592),
         (2, 2, 1, 1.5, (2_846_208, 0), (1_423_104, 0), 4_718_592),
+        (1, 1, 0, None, (0,), (0,), 0),
         (1, 1, 1, None, (0,), (0,), 0),
     ],
 )
@@ -131,6 +144,44 @@ def test_communication_is_what_ranks_were_counted_to_send(gpus, ep, zero, capaci
         assert len(counted) == 1 or parts == counted
     assert kinds["all_to_all_dispatch"] == kinds["all_to_all_combine"] == exchanged / 2
     assert kinds["total"] == sum(reduced) + sum(gathered) + exchanged
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tp", "ep", "zero", "recompute", "size", "reduced", "gathered", "exchanged", "tensor"),
+    [
+        # world, tensor and expert parallel, ZeRO, recomputation, bytes of an activation; bytes sent by a rank in a step
+        (2, 2, 1, 0, False, 4, 0, 0, 0, 1_841_152),
+        (2, 2, 1, 1, True, 4, 0, 0, 0, 2_627_584),
+        (2, 2, 1, 1, False, 2, 0, 0, 0, 989_184),
+        (4, 2, 2, 0, False, 4, 1_437_184, 0, 4_718_592, 1_841_152),
+        (4, 2, 2, 1, True, 4, 1_437_184, 718_592, 7_077_888, 2_627_584),
+        (4, 2, 1, 2, True, 2, 12_311_552, 3_077_888, 0, 1_382_400),
+        (2, 1, 2, 1, True, 4, 2_846_208, 1_423_104, 7_077_888, 0),
+        (4, 1, 4, 0, True, 4, 4_269_312, 0, 10_616_832, 0),
+    ],
+)
+def test_tensor_parallelism_and_recomputation_send_what_was_counted(
+    gpus, tp, ep, zero, recompute, size, reduced, gathered, exchanged, tensor
+):
+    """Counted as above, with megatron-core 0.16.1."""
+    layout = Layout(
+        gpus, ep, zero, 2, 64, micro_steps=2, activation_bytes=size, capacity_factor=1.5, deepspeed=True,
+        tensor_parallel=tp, recompute=recompute,
+    )  # fmt: skip
+    kinds = communication(COUNTED, layout)
+    assert kinds["gradient_all_reduce_dense"] + kinds["gradient_all_reduce_experts"] == reduced
+    assert kinds["weight_all_gather_dense"] + kinds["weight_all_gather_experts"] == gathered
+    assert kinds["all_to_all_dispatch"] == kinds["all_to_all_combine"] == exchanged / 2
+    assert kinds["tensor_all_reduce"] == tensor
+    assert kinds["total"] == reduced + gathered + exchanged + tensor
+
+
+def test_a_dense_network_recomputes_all_but_its_last_all_reduce():
+    dense = dataclasses.replace(COUNTED, num_local_experts=0, num_experts_per_tok=0, intermediate_size=0)
+    layout = Layout(2, 1, 1, 2, 64, micro_steps=2, activation_bytes=4, deepspeed=True, tensor_parallel=2)
+    counted = {False: 1_841_152, True: 2_234_368}
+    for recompute, sent in counted.items():
+        assert communication(dense, dataclasses.replace(layout, recompute=recompute))["tensor_all_reduce"] == sent
 
 
 def test_dropless_exchange_is_the_slots_that_leave():

@@ -59,7 +59,7 @@ def test_any_sequence_of_world_sizes_sees_the_stream_of_one(data_set, worlds):
 
 def test_another_seed_is_another_order(data_set):
     first, second = (Loader(data_set, {"code": 1}, 64, seed) for seed in (0, 1))
-    assert first.fingerprint != second.fingerprint
+    assert first.identity != second.identity
     assert [first.mixture[k] for k in range(20)] != [second.mixture[k] for k in range(20)]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mm_train.cli import UserError
+from mm_train.config import Parallel
 from mm_train.describe import main
 from mm_train.rules import RANGES
 
@@ -25,6 +27,9 @@ KEYS = {
     "comm_bytes_per_step",
     "days",
 }
+
+
+KEYS_OF_A_LAYOUT = ("expert_parallel", "tensor_parallel", "zero_stage", "recompute")
 
 
 @pytest.fixture
@@ -99,7 +104,9 @@ def test_training_the_paper_way(facts):
     assert said["layout"] == {
         "gpus": 64,
         "expert_parallel": 4,  # of the stage file
+        "tensor_parallel": 1,
         "zero_stage": 1,
+        "recompute": "none",
         "engine": "deepspeed",
         "micro_batch_size": 8,
         "micro_steps": 4,
@@ -162,6 +169,72 @@ def test_micro_batches_shrink_to_what_divides_the_batch(facts):
     assert (lines[8]["micro_batch_size"], lines[8]["global_batch_tokens"]) == (8, 22 * 8 * 8 * 3000)
 
 
+def test_all_experts_everywhere_are_recommended_where_they_fit(facts, text):
+    said = facts(S, PRETRAIN, "--parallel", "gpus=64")
+    chosen = said["recommendation"]
+    assert (chosen["expert_parallel"], chosen["zero_stage"], chosen["recompute"]) == (1, 0, "none")
+    kinds = {tuple(layout[key] for key in KEYS_OF_A_LAYOUT): layout for layout in said["layouts"]}
+    assert set(kinds) == {(ep, 1, zero, again) for ep in (1, 2, 4) for zero in (0, 1, 2) for again in ("none", "layer")}
+    best = kinds[1, 1, 0, "none"]
+    assert best["comm_bytes_per_step_total"] < min(
+        layout["comm_bytes_per_step_total"] for key, layout in kinds.items() if key[0] > 1 or key[2] > 0
+    )
+    own = kinds[4, 1, 1, "none"]  # of the stage file
+    assert own["memory_gib_total"] == said["memory_gib"]["total"]
+    assert own["comm_bytes_per_step_total"] == said["comm_bytes_per_step"]["total"]
+    assert kinds[4, 1, 1, "layer"]["memory_gib_total"] < own["memory_gib_total"]
+    assert chosen["paper"].startswith("expert_parallel=4 zero_stage=0 recompute=none: 34.6 GiB a GPU, fits, 37.10 GiB")
+    report = text(S, PRETRAIN, "--parallel", "gpus=64")
+    assert "  * recommended: expert_parallel=1 zero_stage=0 recompute=none\n" in report
+    assert re.search(r"expert parallel 1, ZeRO 0 +47\.9 +yes \* +9\.27 ", report)
+    assert "  the paper's: expert_parallel=4" in report
+
+
+def test_recommendations_when_memory_is_short(facts):
+    large, words = ROOT / "configs/model/l.yaml", ("--gpu", "a100-40", "--parallel", "gpus=8")
+    chosen = facts(large, *words)["recommendation"]
+    assert (chosen["expert_parallel"], chosen["zero_stage"], chosen["recompute"]) == (2, 1, "layer")
+    assert "nothing fits without recomputation (with micro_batch_size=1 it would)" in chosen["why"]
+    assert "with all experts on every GPU nothing fits" in chosen["why"]
+    chosen = facts(large, *words, "micro_batch_size=1")["recommendation"]  # sends more, computes nothing twice
+    assert (chosen["expert_parallel"], chosen["recompute"]) == (4, "none")
+    said = facts(large, "--gpu", "a100-40", "--parallel", "gpus=2")
+    assert said["recommendation"]["expert_parallel"] is None
+    assert {layout["tensor_parallel"] for layout in said["layouts"]} == {1, 2}
+    assert not any(layout["fits"] for layout in said["layouts"])
+
+
+def test_tensor_parallelism_is_recommended_where_nothing_else_fits(facts, text):
+    dense = (str(ROOT / "configs/model/mobilellm-pro.yaml"), "train.global_batch_tokens=1048576", "--context", "8192")
+    words = ("--parallel", "gpus=2", "micro_batch_size=16")
+    said = facts(*dense, "--gpu", "a100-40", *words)["recommendation"]
+    assert (said["tensor_parallel"], said["recompute"], said["paper"]) == (2, "layer", None)  # no experts
+    report = text(*dense, "--gpu", "a100-40", *words)
+    assert "expert_parallel=1 tensor_parallel=2 zero_stage=0 recompute=layer" in report
+    assert "nothing fits without tensor parallelism" in report
+    assert max(map(len, report.splitlines())) < 160
+    assert facts(*dense, "--gpu", "h200", *words)["recommendation"]["tensor_parallel"] == 1
+
+
+def test_one_gpu_has_no_choice_but_recomputation(facts, text):
+    said = facts(S)
+    assert [layout["recompute"] for layout in said["layouts"]] == ["none", "layer"]
+    assert "not possible here" in said["recommendation"]["paper"]
+    assert "* recommended: expert_parallel=1 recompute=none" in text(S)
+
+
+def test_a_layout_with_tensor_parallelism_and_recomputation(facts, text):
+    words = (S, "--parallel", "gpus=8", "tensor_parallel=2", "expert_parallel=2", "zero_stage=2", "recompute=layer")
+    said, report = facts(*words), text(*words)
+    assert said["layout"]["micro_steps"] == 4_194_304 // (8 * 2048 * 4)  # two GPUs share a micro-batch
+    assert said["comm_bytes_per_step"]["tensor_all_reduce"] > 0
+    assert said["hardware_train_flops_per_token"] > 4 / 3 * said["train_flops_per_token"]
+    assert "expert parallel 2, tensor parallel 2, DeepSpeed, ZeRO 2, layers recomputed" in report
+    assert "with the layers' forward pass once more and routed experts 2 times" in report
+    assert facts(S, "--parallel", "tensor_parallel=2")["layout"]["gpus"] == 2
+    assert {line["gpus"] for line in said["scale"] if line["why_not"]} == {1}
+
+
 def test_what_does_not_fit_is_said(facts, text):
     words = (str(ROOT / "configs/model/l.yaml"), "--gpu", "a100-40")
     assert not facts(*words)["fits"]
@@ -199,8 +272,15 @@ def test_one_system_of_units_but_for_the_papers_budget(text):
             "--parallel micro_batch_size=1000000000",
             "micro_batch_size is 1000000000; it must be above 0 and at most 65,5",
         ),
-        ("--parallel zero_stage=3", "parallel.zero_stage is 3; it must be one of 1, 2"),
-        ("--parallel gpus=4 zero_stage=0", "parallel.zero_stage is 0; it must be one of 1, 2"),
+        ("--parallel zero_stage=3", "parallel.zero_stage is 3; it must be one of 0, 1, 2"),
+        ("--parallel recompute=all", "train.recompute is 'all'; it must be one of none, layer"),
+        ("--parallel tensor_parallel=5", "parallel.tensor_parallel (5) must divide model.num_attention_heads (12)"),
+        ("--parallel tensor_parallel=2 gpus=3", "tensor_parallel (2) must divide the number of processes (3)"),
+        (
+            "--parallel tensor_parallel=2 gpus=4 expert_parallel=4",
+            "expert_parallel (4) must divide the number of processes (4) / tensor_parallel (2)",
+        ),
+        ("quant.enabled=true --parallel tensor_parallel=2", "parallel.tensor_parallel is 2 with quant.enabled"),
         ("--parallel gpus=6 expert_parallel=4", "expert_parallel (4) must divide the number of processes (6)"),
         ("--parallel gpus=7 expert_parallel=7", "expert_parallel (7) must divide model.num_local_experts (60)"),
         ("parallel.engine=plain --parallel gpus=2", "parallel.engine=plain runs on one process; there are 2"),
@@ -248,6 +328,17 @@ def test_a_mistake_gets_one_line(args, message, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_layout_is_refused_in_the_words_of_training(capsys):
+    from mm_train.parallel.groups import check_world
+
+    for gpus, tp, ep in ((3, 2, 1), (4, 2, 4), (6, 1, 4)):
+        words = [f"gpus={gpus}", f"tensor_parallel={tp}", f"expert_parallel={ep}"]
+        assert main([S, "--parallel", *words]) == 2
+        with pytest.raises(UserError) as refused:
+            check_world(Parallel(expert_parallel=ep, tensor_parallel=tp), gpus)
+        assert capsys.readouterr().err == f"error: {refused.value}\n"
 
 
 def test_it_needs_no_torch():

@@ -4,11 +4,12 @@ import json
 import pytest
 import torch
 
-from mm_train import checkpoint, config
+from mm_train import config
+from mm_train.checkpoint.writer import Writer
 from mm_train.engine import PlainEngine
 from mm_train.export import main
 from mm_train.model import MobileMoE
-from mm_train.parallel import Groups
+from mm_train.parallel.groups import Groups
 from mm_train.release import load_release
 
 
@@ -20,7 +21,9 @@ def run(small_config, tmp_path, byte_tokenizer):
         cfg = dataclasses.replace(small_config, quant=config.Quant(**quant))
         model = MobileMoE(cfg.model)
         model.init_weights(0)
-        checkpoint.save(tmp_path / "run", 7, PlainEngine(model, cfg.optim), Groups(), cfg, {"samples": 0})
+        writer = Writer(tmp_path / "run", Groups(), cfg)
+        writer.save(7, PlainEngine(model, cfg.optim), {"samples": 0})
+        writer.wait()
         byte_tokenizer.save(tmp_path / "run")
         return tmp_path / "run"
 

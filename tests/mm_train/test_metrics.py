@@ -1,12 +1,16 @@
 import json
 import math
+import struct
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mm_train.cli import UserError
-from mm_train.metrics import Metrics, read_metrics, wandb_train_values
+from mm_train.metric_names import GROUPS, PHASES
+from mm_train.metrics import Metrics, read_metrics, wandb_entity
 
 
 def make_metrics(folder, *, is_main=True, wandb_mode="disabled") -> Metrics:
@@ -158,14 +162,145 @@ def test_wandb_offline_continues_the_same_run_and_cannot_stop_training(tmp_path,
     assert [r["step"] for r in read_metrics(tmp_path / "run")["train"]] == [1, 2, 3]
 
 
-def test_wandb_names_are_grouped():
-    named = wandb_train_values(
-        {"loss": 2.0, "z_loss": 0.1, "mfu": None, "tokens_per_second": 9.0, "expert_load": [[0.75, 0.25]]}
+def test_events_are_said_and_come_back(tmp_path, capsys):
+    metrics = make_metrics(tmp_path)
+    metrics.run(stage="sft", total_steps=20)
+    metrics.skipped(3, math.nan, math.inf, skipped_steps=1)
+    metrics.skipped(4, 2.0, math.inf, skipped_steps=2)
+    metrics.rollback(9, to_step=5, reason="the loss is a spike", rollbacks=1)
+    metrics.rollback(9, to_step=5, reason="again", rollbacks=2)  # after going back, step 9 came a second time
+    metrics.alert(10, "dead experts", "2 of them")
+    metrics.alert(10, "throughput falls", "100 tokens/s", level="error")
+    metrics.alert(10, "dead experts", "3 of them")  # step 10 was repeated
+    metrics.stopped(12, "SIGTERM")
+    metrics.close()
+    records = read_metrics(tmp_path)
+    assert [(r["step"], r["loss"], r["skipped_steps"]) for r in records["skipped"]] == [(3, None, 1), (4, 2.0, 2)]
+    assert [r["reason"] for r in records["rollback"]] == ["the loss is a spike", "again"]
+    assert [(r["title"], r["text"], r["level"]) for r in records["alert"]] == [
+        ("dead experts", "3 of them", "warn"),
+        ("throughput falls", "100 tokens/s", "error"),
+    ]
+    assert records["stopped"] == [{"kind": "stopped", "step": 12, "reason": "SIGTERM"}]
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:5] == [
+        "step  3/20  skipped: loss nan, gradient norm inf (1 so far)",
+        "step  4/20  skipped: loss 2.000, gradient norm inf (2 so far)",
+        "step  9/20  back to step 5: the loss is a spike (1 so far)",
+        "step  9/20  back to step 5: again (2 so far)",
+    ]
+    assert "step 10/20  ALERT throughput falls: 100 tokens/s" in said
+    assert said[-1] == "stopped after step 12: SIGTERM; the same command goes on from here"
+
+
+def test_an_unknown_level_of_an_alert_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="unknown level loud"):
+        make_metrics(tmp_path).alert(1, "x", "y", level="loud")
+
+
+def a_run_of_everything(metrics: Metrics) -> None:
+    """One record of each kind, with the values that training gives."""
+    metrics.run(stage="pretrain", total_steps=20, global_batch_tokens=512)
+    metrics.train(
+        10,
+        tokens=5120,
+        loss=3.0,
+        lr=1e-3,
+        grad_norm=1.5,
+        grad_norm_parts={"attention": 1.0, "router": 0.5},
+        z_loss=9.0,
+        router_entropy=[2.0, 1.0],
+        router_entropy_share=0.7,
+        dropped_fraction=0.1,
+        expert_load=[[0.5, 0.5], [1.0, 0.0]],
+        load_max=[1.0, 2.0],
+        load_min=[1.0, 0.0],
+        load_cv=[0.0, 1.0],
+        dead_experts=1,
+        tokens_per_second=100.0,
+        tokens_per_second_per_gpu=50.0,
+        model_flops_per_second=1e12,
+        mfu=0.3,
+        step_seconds=5.0,
+        phase_seconds=dict.fromkeys(PHASES, 0.5) | {"other": 1.5},
+        data_mixture={"code": 0.6, "docs": 0.4},
+        memory_gib={"host": 1.0},
+        seconds=60.0,
+        skipped_steps=0,
+        rollbacks=0,
     )
-    assert named == {
-        "train/loss": 2.0,
-        "router/z_loss": 0.1,
-        "throughput/mfu": None,
-        "throughput/tokens_per_second": 9.0,
-        "router/load_max/layer_00": 1.5,
-    }
+    metrics.validation(10, "code", loss=2.0, bits_per_byte=1.5)
+    metrics.checkpoint(10, seconds=2.0, stalled_seconds=0.1, bytes=1000)
+    metrics.skipped(11, math.nan, math.nan, skipped_steps=1)
+    metrics.rollback(12, to_step=10, reason="spike", rollbacks=1)
+    metrics.alert(12, "dead experts", "1 expert got no token", level="error")
+    metrics.done(20, seconds=100.0)
+
+
+def read_wandb(path: Path) -> Iterator:
+    """The records of a .wandb file: protobuf in the log format of LevelDB (blocks of 32 KiB, chunks of records)."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, whole = path.read_bytes(), 7, b""  # after ":W&B", a magic number and a version
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:  # no room for a header: the block is padded
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)  # kinds: 1 whole, 2 first, 3 middle, 4 last
+        chunk = content[place + 7 : place + 7 + length]
+        whole = chunk if kind in (1, 2) else whole + chunk
+        place += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+
+
+def test_a_wandb_offline_folder_read_back_has_every_group(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    metrics = make_metrics(tmp_path / "run", wandb_mode="offline")
+    a_run_of_everything(metrics)
+    metrics.close()
+    wandb.teardown()  # as the end of the process would: its writer has put everything on the disk then
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    records = list(read_wandb(path))
+
+    rows = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    logged = {name: value for row in rows for name, value in row.items() if not name.startswith("_")}
+    assert {name.split("/")[0] for name in logged} - {"step"} == set(GROUPS)
+    assert {
+        "train/loss": 3.0,
+        "grad_norm/total": 1.5,
+        "grad_norm/attention": 1.0,
+        "router/entropy/layer_01": 1.0,
+        "experts/load_max/layer_01": 2.0,
+        "experts/dead": 1,
+        "throughput/mfu": 0.3,
+        "time/all_to_all": 0.5,
+        "data/code": 0.6,
+        "memory/host": 1.0,
+        "validation/code/loss": 2.0,
+        "checkpoint/stalled_seconds": 0.1,
+        "faults/skipped_steps": 1,
+        "faults/rollbacks": 1,
+        "faults/alerts": 1,
+    }.items() <= logged.items()
+    assert [row["step"] for row in rows] == [10, 10, 10, 11, 12, 12]
+    (alert,) = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.text, alert.level) == ("dead experts", "step 12: 1 expert got no token", "ERROR")
+
+
+def test_without_a_wandb_login_there_is_one_clear_line(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(UserError, match="nobody is logged in to W&B here: wandb login, or set WANDB_API_KEY"):
+        wandb_entity()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"this needs the wandb package"):
+        wandb_entity()

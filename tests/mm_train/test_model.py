@@ -170,6 +170,42 @@ def test_documents_do_not_see_each_other(model):
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_nothing_crosses_a_document_boundary_in_a_row_of_8192(small_model):
+    """What the loss of the second document owes to the first is zero, not nearly zero."""
+    model = MobileMoE(small_model)
+    model.init_weights(0)
+    tokens = torch.randint(0, 512, (1, 8192))
+    document = (torch.arange(8192)[None] >= 5000).long()
+    inputs: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].retain_grad() or args[0]))
+    model(tokens, tokens.where(document == 1, IGNORE), document).cross_entropy_sum.backward()
+    assert not inputs[0].grad[0, :5000].any()
+    assert inputs[0].grad[0, 5000:].any(1).all()
+
+
+def test_recomputed_layers_give_the_same_gradients_and_count_once(model):
+    tokens, labels = torch.randint(0, 512, (2, 2, 20))
+    document = torch.tensor([[0] * 8 + [1] * 12, [0] * 20])
+    found = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        losses = model.train()(tokens, labels, document)
+        (losses.cross_entropy_sum + losses.z_loss_sum).backward()
+        found.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (kept, gradients), (recomputed, again) = found
+    assert all(torch.equal(*pair) for pair in zip(kept, recomputed, strict=True))
+    assert recomputed.counts_LE.sum(1).tolist() == [2 * 20 * 2] * 2
+    assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+
+
+def test_router_entropy_is_log_e_when_all_experts_score_alike(model):
+    for layer in model.moe_layers():
+        layer.router.weight.data.zero_()
+    tokens = torch.randint(0, 512, (2, 20))
+    torch.testing.assert_close(model(tokens, tokens).entropy_sum_L, torch.full((2,), 40 * math.log(8)))
+
+
 def test_losses_are_sums_and_count_every_slot(model):
     tokens = torch.randint(0, 512, (2, 20))
     labels = torch.randint(0, 512, (2, 20))

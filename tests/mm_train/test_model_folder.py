@@ -1,16 +1,21 @@
-import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from mm_train import checkpoint, config
+from mm_train import config
+from mm_train.checkpoint.folders import find
 from mm_train.cli import UserError
 from mm_train.export import export
 from mm_train.model import MobileMoE
-from mm_train.model_folder import check_same_tokenizer, find_tokenizer, load_model, load_weights
+from mm_train.model_folder import check_same_tokenizer, find_tokenizer, load_model, weight_source
+from mm_train.parallel.groups import Groups
+from mm_train.release import save_release
+from mm_train.sharding import Place, local_boxes
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 from mm_train.train import train
+from mm_train.weights import fill
 
 TOKENS_BT = torch.arange(24).view(2, 12)
 
@@ -26,7 +31,7 @@ def folders(tmp_path_factory, small_model, data_set) -> dict[str, Path]:
     cfg.run = config.Run(dir=str(root / "run"), stage="qat")
     train(cfg)
     export(root / "run", root / "release", "int4")
-    return {"run": root / "run", "checkpoint": checkpoint.find(root / "run"), "release": root / "release"}
+    return {"run": root / "run", "checkpoint": find(root / "run"), "release": root / "release"}
 
 
 @torch.no_grad()
@@ -42,14 +47,45 @@ def test_what_was_trained_with_quantisation_keeps_its_full_weights(folders):
     assert torch.bfloat16 in {p.dtype for p in load_model(folders["release"], torch.bfloat16).parameters()}
 
 
-def test_weights_start_a_new_stage_of_the_same_network_only(folders, small_model):
+def test_single_weights_of_every_kind_of_folder_are_those_of_its_model(folders, small_model):
+    for folder in folders.values():
+        want = load_model(folder).state_dict()
+        shape, read = weight_source(folder)
+        assert config.model_difference(shape, small_model) is None
+        for entry, box in local_boxes(small_model, Place(ep_rank=1, ep_size=4, tp_rank=1, tp_size=2)):
+            for values, expected in (
+                (read(entry.name), want[entry.name]),
+                (read(entry.name, box), want[entry.name][box.slices]),
+            ):
+                assert torch.equal(values, expected), entry.name
+                assert values.dtype == torch.float32
+
+
+def test_a_release_in_16_bits_is_a_source_too(folders, small_model, tmp_path):
+    save_release(load_model(folders["run"]), tmp_path / "bf16", "bf16")
+    want = load_model(tmp_path / "bf16").state_dict()
+    _, read = weight_source(tmp_path / "bf16")
     model = MobileMoE(small_model)
-    load_weights(model, folders["run"])
-    stored = checkpoint.Reader(folders["checkpoint"])
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, stored.read(name)), name
-    with pytest.raises(UserError, match=r"another model: model.routed_scaling_factor is 2.5 there and 1.0 here"):
-        load_weights(MobileMoE(dataclasses.replace(small_model, routed_scaling_factor=1.0)), folders["release"])
+    fill(model, small_model, read)
+    assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
+
+
+def test_a_source_names_what_it_does_not_have(folders):
+    for folder in folders.values():
+        with pytest.raises(UserError, match=r"has no tensor model\.nothing"):
+            weight_source(folder)[1]("model.nothing", None)
+
+
+def test_damaged_weights_are_never_loaded(folders, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folders["checkpoint"], copy)
+    (file,) = copy.glob("rank-*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for function in (load_model, weight_source, lambda path: weight_source(path, Groups())):
+        with pytest.raises(UserError, match=r"copy is damaged: rank-00000\.safetensors: its sha256 is not the one"):
+            function(copy)
 
 
 def test_the_tokenizer_is_found_and_compared(folders, byte_tokenizer, data_set):
@@ -64,6 +100,6 @@ def test_the_tokenizer_is_found_and_compared(folders, byte_tokenizer, data_set):
 @pytest.mark.parametrize("name", ["nowhere", "empty", "x" * 300])
 def test_a_folder_without_a_model_is_refused(name, tmp_path):
     (tmp_path / "empty").mkdir()
-    for function in (load_model, find_tokenizer):
+    for function in (load_model, weight_source, find_tokenizer):
         with pytest.raises(UserError, match=r"not found|no checkpoint in|has no tokenizer.json"):
             function(tmp_path / name)

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from mm_train import config
+from mm_train.engine import PlainEngine
 from mm_train.model import MobileMoE
-from mm_train.optim import learning_rate, parameter_groups, update_expert_bias
+from mm_train.optim import clip, gradient_norms, learning_rate, parameter_groups, update_expert_bias
+from mm_train.parallel.groups import Groups
 
 
 def test_warm_up_then_cosine_down_to_the_floor():
@@ -39,3 +41,38 @@ def test_only_matrices_decay_and_no_parameter_is_lost(small_model):
     assert all(p.ndim >= 2 for p in groups[0]["params"])
     assert groups[1]["weight_decay"] == 0
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_norms_by_part_are_torchs_and_clipping_scales_all_of_it(small_model):
+    model = MobileMoE(small_model)
+    model.init_weights(0)
+    engine = PlainEngine(model, config.Optim())
+    tokens = torch.randint(0, 512, (2, 20))
+    model(tokens, tokens).cross_entropy_sum.backward()
+    norms = gradient_norms(engine, Groups())
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert norms["total"] == pytest.approx(float(torch.nn.utils.get_total_norm(gradients.values())), rel=1e-6)
+    router = [g for name, g in gradients.items() if "router" in name]
+    assert norms["router"] == pytest.approx(float(torch.nn.utils.get_total_norm(router)), rel=1e-6)
+    assert math.sqrt(sum(n**2 for part, n in norms.items() if part != "total")) == pytest.approx(norms["total"])
+
+    clip(engine, norms["total"], 2 * norms["total"])
+    clip(engine, norms["total"], 0)
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+    clip(engine, norms["total"], 0.5)
+    assert gradient_norms(engine, Groups())["total"] == pytest.approx(0.5, rel=1e-6)
+
+
+def test_gradients_that_are_not_finite_have_a_norm_that_is_not(small_model):
+    model = MobileMoE(small_model)
+    model.init_weights(0)
+    engine = PlainEngine(model, config.Optim())
+    tokens = torch.randint(0, 512, (2, 20))
+    model(tokens, tokens).cross_entropy_sum.backward()
+    model.moe_layers()[1].experts.down_proj.grad[3, 2, 1] = math.nan
+    norms = gradient_norms(engine, Groups())
+    assert math.isnan(norms["total"])
+    assert math.isnan(norms["routed experts"])
+    assert math.isfinite(norms["attention"])
+    engine.discard()
+    assert gradient_norms(engine, Groups())["total"] == 0

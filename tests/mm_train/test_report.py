@@ -126,11 +126,30 @@ def test_every_tag_of_the_page_is_closed_and_every_chart_is_xml(chain, data, cap
     Balance().feed(page)
     assert opened == []
     charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    # loss, one source, four health charts, two load maps, the busiest experts, one score bar
-    assert len(charts) == 10
+    # loss, one source, 8 panels of the dashboard, two load maps for each of two stages, one score bar
+    assert len(charts) == 1 + 1 + 8 + 4 + 1
     for chart in charts:
         ET.fromstring(chart.replace("xlink:href", "href"))
         assert "#0a0b" not in chart  # placeholder colours are all replaced
+
+
+def test_what_went_on_beside_training_is_told(tmp_path, capsys):
+    write_stage(tmp_path, "pretrain", 8.0, 3.0)
+    metrics = Metrics(tmp_path, is_main=True, wandb_mode="disabled", config={}, project="p", run_name="r")
+    metrics.run(stage="pretrain", first_step=20, global_batch_tokens=100)
+    metrics.checkpoint(20, seconds=2.0, stalled_seconds=0.25)
+    metrics.checkpoint(40, seconds=2.0, stalled_seconds=0.5)
+    for step in (21, 22):
+        metrics.skipped(step, math.nan, 1.0, skipped_steps=step - 20)
+    metrics.alert(30, "loss jumps", "<b>from 2 to 3</b>")
+    metrics.close()
+    assert main([str(tmp_path)]) == 0
+    told = "training stood still 0.8 s for 2 checkpoints, 1 resume, 2 skipped steps, 1 alert"
+    assert f"\npretrain: {told}\n" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert f"Pretrain: {told}." in page
+    assert "loss jumps: &lt;b&gt;from 2 to 3" in page
+    assert "<h2>Events</h2>" in page
 
 
 def test_names_are_shown_as_they_are(tmp_path, capsys):

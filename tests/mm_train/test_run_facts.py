@@ -4,7 +4,11 @@ from dataclasses import replace
 import pytest
 
 from mm_train import config
+from mm_train.checkpoint.writer import Writer
+from mm_train.engine import PlainEngine
 from mm_train.metrics import Metrics
+from mm_train.model import MobileMoE
+from mm_train.parallel.groups import Groups
 from mm_train.run_facts import run_facts
 
 
@@ -22,10 +26,9 @@ def runs(small_config, tmp_path):
         log.close()
         cfg = replace(small_config, init_from=str(start), quant=config.Quant(enabled=name == "qat"))
         config.save(cfg, folder / "config.yaml")
-    checkpoint = tmp_path / "pretrain" / "checkpoints" / "step-00000004"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").write_text('{"step": 4}')
-    (checkpoint.parent / "latest").write_text("step-00000004\n")
+    small_config.checkpoint.asynchronous = False
+    writer = Writer(tmp_path / "pretrain", Groups(), small_config)
+    writer.save(4, PlainEngine(MobileMoE(small_config.model), small_config.optim), {})
     return tmp_path
 
 

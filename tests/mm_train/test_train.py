@@ -1,8 +1,10 @@
 """The command itself: learning, resuming after a kill, stages in a chain, bad input."""
 
 import dataclasses
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -10,11 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_train import checkpoint, config, export, generate, validate
+from mm_train import config, export, generate, validate
+from mm_train.anomalies import Anomalies
+from mm_train.checkpoint.folders import latest
+from mm_train.checkpoint.reader import Reader
 from mm_train.cli import UserError
+from mm_train.engine import PlainEngine
 from mm_train.inventory import active_parameters
 from mm_train.metrics import read_metrics
 from mm_train.model_folder import load_model
+from mm_train.stopping import STOPPED
 from mm_train.train import main, train
 from tests.mm_train.test_model import VARIANTS
 
@@ -49,7 +56,7 @@ def test_a_run_learns_and_leaves_everything_behind(finished):
     assert held_out[12, "code"]["bits_per_byte"] < held_out[0, "code"]["bits_per_byte"]
     assert config.load([run / "config.yaml"]) == finished
     assert (run / "DONE").exists()
-    assert checkpoint.latest(run).name == "step-00000012"
+    assert latest(run).name == "step-00000012"
     assert (run / "tokenizer.json").exists()
 
 
@@ -70,7 +77,7 @@ def test_the_reported_load_sums_to_one_and_the_bias_has_moved(finished):
     for record in read_metrics(finished.run.dir)["train"]:
         for layer in record["expert_load"]:
             assert sum(layer) == pytest.approx(1, abs=1e-3)
-    bias = checkpoint.Reader(checkpoint.latest(Path(finished.run.dir))).read("model.layers.0.feed_forward.expert_bias")
+    bias = Reader(latest(Path(finished.run.dir))).read("model.layers.0.feed_forward.expert_bias")
     assert 0 < bias.abs().max() <= 12 * finished.moe.bias_update_rate * 1.001
 
 
@@ -95,14 +102,12 @@ def test_killed_and_resumed_equals_uninterrupted(small_config, tmp_path, python)
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
-    saved = checkpoint.read_manifest(checkpoint.latest(tmp_path / "killed"))["step"]
+    saved = Reader(latest(tmp_path / "killed")).step
     assert 4 <= saved < 12  # how far it came before the signal depends on the machine
     output = start(python, tmp_path / "cfg.yaml").communicate()[0]
     assert f"resuming after step {saved} " in output
     assert losses(tmp_path / "killed") == want
-    final = [
-        checkpoint.Reader(checkpoint.latest(Path(d))).weights() for d in (small_config.run.dir, tmp_path / "killed")
-    ]
+    final = [Reader(latest(Path(d))).weights() for d in (small_config.run.dir, tmp_path / "killed")]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
 
 
@@ -143,19 +148,142 @@ def test_stages_chain_through_init_from_to_a_release_that_keeps_the_loss(finishe
     assert "--- import" in capsys.readouterr().out
 
 
-def test_a_divergence_stops_before_it_is_saved(small_config, monkeypatch):
-    from mm_train.engine import PlainEngine
+@pytest.fixture
+def poison(monkeypatch):
+    """A function: the gradients of these optimizer steps (as they come, from 1) get a value that is not finite."""
+    backward, calls = PlainEngine.backward, []
 
-    step = PlainEngine.step
-    calls = []
+    def spread(steps, micro_steps=4):
+        calls.clear()
 
-    def explode(engine, rate):
-        calls.append(rate)
-        return step(engine, rate) if len(calls) < 6 else torch.tensor(float("nan"))
+        def poisoned(engine, loss):
+            backward(engine, loss)
+            calls.append(loss)
+            if len(calls) % micro_steps == 0 and len(calls) // micro_steps in steps:
+                engine.model.model.norm.weight.grad[0] = torch.nan
 
-    monkeypatch.setattr(PlainEngine, "step", explode)
-    with pytest.raises(UserError, match=r"gradient norm of step 6 is nan; the last checkpoint is .*step-00000004"):
+        monkeypatch.setattr(PlainEngine, "backward", poisoned)
+
+    return spread
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(small_config, poison):
+    poison([5, 6, 9])
+    assert train(small_config) == 0
+    run = Path(small_config.run.dir)
+    records = read_metrics(run)
+    assert [r["step"] for r in records["skipped"]] == [5, 6, 9]
+    assert records["skipped"][-1]["skipped_steps"] == 3
+    assert "gradient norm is nan" in records["skipped"][0]["reason"] or "nan" in records["skipped"][0]["reason"]
+    assert losses(run)[12] < losses(run)[1] - 0.3
+    assert all(tensor.isfinite().all() for tensor in Reader(latest(run)).weights().values())
+
+
+def test_too_many_of_them_in_a_row_end_the_run(small_config, poison):
+    small_config.faults.max_skipped_steps = 2
+    poison([6, 7, 8])
+    with pytest.raises(UserError, match=r"diverged: in step 8 the gradient norm is nan.*checkpoint is .*step-00000004"):
         train(small_config)
+
+
+def test_a_resumed_run_remembers_what_was_skipped(small_config, poison):
+    """Stopped in the middle of a row of bad steps, it goes on counting."""
+    small_config.faults.max_skipped_steps = 2
+    small_config.checkpoint.every = 7
+    poison([6, 7, 8])
+    with pytest.raises(UserError, match="in step 8"):
+        train(small_config)
+    poison([1])  # step 8, of the process that resumes
+    with pytest.raises(UserError, match="in step 8"):
+        train(small_config)
+
+
+@pytest.fixture
+def spiking(small_config, monkeypatch):
+    """40 steps, of which step 24 has a loss of more than ten, once."""
+    small_config.train.tokens = 40 * 512
+    small_config.checkpoint.every = 5
+    small_config.faults = config.Faults(spike_factor=6.0)
+    judge, seen = Anomalies.judge, []
+
+    def judged(anomalies, loss, grad_norm):
+        seen.append(loss)
+        return judge(anomalies, loss + 10 * (len(seen) == 24), grad_norm)
+
+    monkeypatch.setattr(Anomalies, "judge", judged)
+    return small_config
+
+
+def test_a_spike_is_told_and_trained_on_unless_asked_otherwise(spiking):
+    assert train(spiking) == 0
+    alerts = [r for r in read_metrics(spiking.run.dir)["alert"] if r["title"] == "loss spike" and r["step"] == 24]
+    assert alerts
+    assert len(losses(spiking.run.dir)) == 40
+
+
+def test_a_rollback_goes_back_to_the_checkpoint_and_leaves_the_data_out(spiking):
+    spiking.faults.spike_action = "rollback"
+    assert train(spiking) == 0
+    run = Path(spiking.run.dir)
+    (rollback,) = read_metrics(run)["rollback"]
+    assert (rollback["step"], rollback["to_step"], rollback["rollbacks"]) == (24, 20, 1)
+    manifest = Reader(latest(run)).manifest
+    assert manifest["samples"] == (40 + 4) * 8  # 8 rows a step; steps 21 to 24 were passed over
+    assert list(losses(run)) == list(range(1, 41))
+
+    # Gone on with from step 35, it reads the same data again.
+    want = losses(run)
+    (run / "DONE").unlink()
+    shutil.rmtree(run / "checkpoints/step-00000040")
+    assert train(spiking) == 0
+    assert losses(run) == want
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_continues_exactly(small_config, tmp_path, python):
+    train(small_config)
+    want = losses(small_config.run.dir)
+    stopped = dataclasses.replace(small_config, run=config.Run(dir=str(tmp_path / "stopped")))
+    stopped.checkpoint.every = 100
+    config.save(stopped, tmp_path / "cfg.yaml")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process = start(python, tmp_path / "cfg.yaml")
+        for line in process.stdout:
+            if "tok/s" in line:
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+        assert process.wait() == STOPPED, rest
+        assert f"stopped after step {Reader(latest(tmp_path / 'stopped')).step}: {number.name}" in rest
+    (tmp_path / "stopped/STOP").touch()
+    assert train(stopped) == STOPPED
+    assert not (tmp_path / "stopped/STOP").exists()
+    assert train(stopped) == 0
+    assert losses(tmp_path / "stopped") == want
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(finished):
+    run = Path(finished.run.dir)
+    want = losses(run)
+    (run / "DONE").unlink()
+    file = run / "checkpoints/step-00000012/rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert train(finished) == 0
+    (alert,) = [r for r in read_metrics(run)["alert"] if r["title"] == "damaged checkpoint"]
+    assert "rank-00000.safetensors" in alert["text"]
+    assert "step-00000008" in alert["text"]
+    assert losses(run) == want
+    assert latest(run).name == "step-00000012"
+
+
+def test_chosen_steps_are_profiled(small_config):
+    small_config.profile.steps = "3-4"
+    train(small_config)
+    folder = Path(small_config.run.dir) / "profile"
+    assert "profile of 2 step(s)" in (folder / "top.txt").read_text()
+    trace = json.loads(gzip.decompress((folder / "rank-00000.trace.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("training step") >= 2
+    assert any("scaled_dot_product" in str(name) for name in names)
 
 
 def test_a_shorter_budget_than_was_trained_is_refused(finished):

@@ -6,7 +6,7 @@ import torch
 
 from mm_train.data import open_sources
 from mm_train.model import MobileMoE
-from mm_train.parallel import Groups
+from mm_train.parallel.groups import Groups
 from mm_train.tokenizer import load_tokenizer
 from mm_train.validate import main, validate
 

@@ -1,0 +1,156 @@
+"""The checkpoints of a run: which there are, which counts, how a new one takes its place. Torch-free.
+
+    checkpoints/step-00000100            complete: it was renamed only when every byte of it was on the disk
+                step-00000200.partial    being written, or left behind by a write that was interrupted
+                step-00000100.replaced   was published before under this step; counts while step-00000100 is missing
+                step-00000050.removed    being deleted
+                latest                   name of the newest one and digest of its manifest, or a name written by hand
+
+Every change is one rename, so that a process may be killed between any two of them.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+from mm_train.checkpoint.format import MANIFEST, name_of_step, open_checkpoint, read_manifest
+from mm_train.cli import UserError
+from mm_train.files import is_file, is_folder, sync, write_atomic
+
+NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
+LATEST = "latest"
+POINTER = re.compile(r"(?P<name>step-(?P<step>\d{8,})(\.replaced)?)(\n?| (?P<digest>[0-9a-f]{64})\n)")  # what it says
+
+
+def root_of(run_dir: Path) -> Path:
+    """Where a run has its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def step_of(folder: Path) -> int | None:
+    """Step of a complete checkpoint, by its name."""
+    match = NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Folders of the complete checkpoints of a run, newest first; their contents may be damaged since."""
+    try:
+        names = sorted(os.listdir(root_of(run_dir)), reverse=True)  # X.replaced comes before X, which overrules it
+    except OSError:
+        return []
+    found = {int(match[1]): root_of(run_dir) / name for name in names if (match := NAME.fullmatch(name))}
+    return [found[step] for step in sorted(found, reverse=True) if is_folder(found[step])]
+
+
+def candidates(run_dir: Path) -> tuple[list[Path], str | None]:
+    """Checkpoints that a run may go on from, best first, and what is wrong with `latest`, if anything.
+
+    Those after `latest` belong to a part of the run that was given up. Without a `latest` that can be trusted, all.
+    """
+    found = complete(run_dir)
+    if not found:
+        path = root_of(run_dir) / LATEST
+        return [], f"{path} is there, but no checkpoint is" if is_file(path) else None
+    step, trouble = _read_latest(run_dir, found)
+    if step is None:
+        return found, trouble
+    return [folder for folder in found if (step_of(folder) or 0) <= step], None
+
+
+def _read_latest(run_dir: Path, found: list[Path]) -> tuple[int | None, str | None]:
+    """(step of the newest checkpoint, None) as `latest` has it, or (None, what is wrong with it)."""
+    path = root_of(run_dir) / LATEST
+    try:
+        text = path.read_text(encoding="ascii")
+    except (OSError, ValueError) as error:
+        return None, f"{path} cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})"
+    match = POINTER.fullmatch(text)
+    if not match:
+        return None, f"{path} is damaged"
+    name, step, digest = match["name"], int(match["step"]), match["digest"]
+    folder = next((folder for folder in found if step_of(folder) == step), None)
+    if folder is None:
+        return None, f"{path} names {name}, which is missing"
+    if digest:
+        with contextlib.suppress(UserError):  # a damaged manifest is noticed when it is read
+            if read_manifest(folder)["sha256"] != digest:
+                return None, f"{path} does not fit the manifest of {folder.name}"
+    return step, None
+
+
+def latest(run_dir: Path) -> Path | None:
+    """Folder of a run's newest checkpoint that looks good: manifest in order, files there. None if there is none."""
+    for folder in candidates(run_dir)[0]:
+        with contextlib.suppress(UserError):
+            return open_checkpoint(folder).folder
+    return None
+
+
+def find(path: Path) -> Path:
+    """Checkpoint folder meant by a run folder (see `latest`) or a checkpoint folder. Raises UserError if none."""
+    if is_file(path / MANIFEST) or (NAME.fullmatch(path.name) and is_folder(path)):
+        return path
+    folder = latest(path)
+    if folder is None:
+        for damaged in candidates(path)[0]:
+            open_checkpoint(damaged)  # says why
+        raise UserError(f"no checkpoint in {path}: expected checkpoints/{LATEST} of a run, or {MANIFEST}")
+    return folder
+
+
+def publish(partial: Path, digest: str) -> Path:
+    """Give a folder that is complete and on the disk its final name, and point `latest` at it. Raises OSError.
+
+    A checkpoint of this step that is there already stays until the new one has taken its place.
+    """
+    root, final = partial.parent, partial.with_suffix("")
+    if final.exists():
+        replaced = final.with_name(final.name + ".replaced")
+        remove(replaced)
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    sync(root)
+    write_atomic(root / LATEST, f"{final.name} {digest}\n".encode())
+    return final
+
+
+def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
+    """Remove checkpoints but the `keep` newest up to step `newest` and multiples of `keep_every` (0: none).
+
+    Later ones are of a part of the run that was given up: they go too, as does what interrupted writes left. What
+    cannot be removed stays.
+    """
+    found = complete(run_dir)
+    steps = [step for folder in found if (step := step_of(folder)) is not None and step <= newest]
+    kept = {*steps[:keep], *(step for step in steps if keep_every and step % keep_every == 0)}
+    for folder in root_of(run_dir).glob("step-*.replaced"):  # first: they would count again without those below
+        if folder.with_suffix("") in found:
+            remove(folder)
+    for folder in found:
+        if step_of(folder) not in kept:
+            remove(folder)
+    sweep(run_dir)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what interrupted writes and removals left behind."""
+    for pattern in ("step-*.partial", "step-*.removed"):
+        for folder in root_of(run_dir).glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, if it can be; half of one is never taken for one."""
+    doomed = folder.with_name(folder.name + ".removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def partial_of(run_dir: Path, step: int) -> Path:
+    """Where a checkpoint of `step` is written."""
+    return root_of(run_dir) / (name_of_step(step) + ".partial")
