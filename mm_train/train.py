@@ -19,8 +19,15 @@ from mm_train.cli import UserError, command
 from mm_train.stopping import STOPPED, StopRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
     from mm_train.parallel.groups import Groups
+    from mm_train.profiling import Profiler
+    from mm_train.shards import ShardReader
     from mm_train.tokenizer import Tokenizer
+    from mm_train.trainer import Trainer
     from mm_train.watchdog import Watchdog
     from mm_train.weights import Source
 
@@ -57,7 +64,7 @@ def train(cfg: config.Config) -> int:
         from mm_train.parallel.groups import init_groups, lost_contact
         from mm_train.watchdog import Watchdog
 
-        groups = init_groups(cfg.parallel)
+        groups = init_groups(cfg.parallel, cfg.faults.hang_seconds)
         with Watchdog(cfg.run.dir, groups.rank, groups.world, cfg.faults.hang_seconds) as watchdog:
             try:
                 status = _train(cfg, groups, stop, watchdog)
@@ -72,8 +79,6 @@ def train(cfg: config.Config) -> int:
 def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "Watchdog") -> int:
     import torch
 
-    from mm_train.alerts import Alerts
-    from mm_train.anomalies import diverged
     from mm_train.checkpoint.reader import open_newest
     from mm_train.data import Loader, open_sources
     from mm_train.files import write_atomic
@@ -82,7 +87,6 @@ def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "W
     from mm_train.parallel.assemble import assemble
     from mm_train.parallel.engine import build_engine
     from mm_train.profiling import Profiler
-    from mm_train.statistics import progress
     from mm_train.tokenizer import check_vocabulary, load_tokenizer
     from mm_train.trainer import Trainer
     from mm_train.weights import fill
@@ -103,9 +107,11 @@ def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "W
 
     # --- model: this rank's part of it, filled from where its values are ------------------------------------------
     torch.manual_seed(cfg.train.seed)  # nothing draws from it today; two runs of one config save the same state
+    watchdog.beat(0, "building the model")
     model = assemble(cfg, groups)
     if reader is None:
         fill(model, cfg.model, first_values(cfg, tokenizer, groups), groups.place)
+    watchdog.beat(0, "building the engine")
     engine = build_engine(model, cfg, groups)
 
     # --- log ------------------------------------------------------------------------------------------------------
@@ -119,6 +125,7 @@ def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "W
     )
     trainer = Trainer(cfg, groups, engine, loader, metrics, watchdog)
     if reader is not None:
+        watchdog.beat(0, "loading the checkpoint")
         trainer.resume(reader)
     if groups.is_main:
         config.save(cfg, run_dir / "config.yaml")
@@ -144,50 +151,8 @@ def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "W
         metrics.alert(trainer.step, "damaged checkpoint", notice)
     if reader is not None:
         metrics.say(f"resuming after step {trainer.step} from {reader.folder}")
-    alerts = Alerts(metrics)
-    profiler = Profiler(cfg.profile.steps, run_dir, groups.rank, groups.device, metrics.say)
-
-    # --- the loop -------------------------------------------------------------------------------------------------
-    if trainer.step == 0 and held_out and not cfg.init_from:  # a later stage starts where the stage before ended
-        trainer.validate(held_out, tokenizer.token_bytes())
-    trainer.interval.start()
-    bar = progress(trainer.step, cfg, groups)
-    while trainer.step < cfg.total_steps:
-        profiler.begin(trainer.step + 1)
-        outcome = trainer.train_step(stop.wanted() is not None)
-        profiler.end(trainer.step)
-        step, verdict, loss, norm = trainer.step, outcome.verdict, outcome.totals.loss, outcome.norms["total"]
-        if verdict.action == "skip":
-            metrics.skipped(step, loss, norm, trainer.anomalies.skipped_steps)
-        elif verdict.action in ("warn", "rollback"):
-            metrics.alert(step, "loss spike", verdict.reason)
-        elif verdict.action == "stop":
-            metrics.alert(step, "training diverges", verdict.reason, level="error")
-            trainer.finish_writing()
-            raise diverged(step, verdict, trainer.last_checkpoint(), cfg.optim)
-        if verdict.action == "rollback" and trainer.roll_back(verdict.reason):
-            trainer.interval.start()
-        else:
-            if step % cfg.log.every == 0 or step == cfg.total_steps:
-                values = trainer.interval.values(step) | {"lr": outcome.rate, "grad_norm": norm}
-                values |= {"grad_norm_parts": {k: v for k, v in outcome.norms.items() if k != "total"}}
-                counts = {key: getattr(trainer.anomalies, key) for key in ("skipped_steps", "rollbacks")}
-                metrics.train(step, **values, **counts, seconds=time.perf_counter() - started)
-                if verdict.action != "skip":
-                    alerts.look(step, values)
-                trainer.interval.start()
-            every = cfg.train.validate_every
-            if held_out and (step == cfg.total_steps or (every and step % every == 0)):
-                trainer.validate(held_out, tokenizer.token_bytes())
-            if outcome.totals.stop or step == cfg.total_steps or step % cfg.checkpoint.every == 0:
-                trainer.save()
-        trainer.report_written()
-        bar.update(trainer.step - bar.n)
-        if outcome.totals.stop and trainer.step < cfg.total_steps:
-            break
-    bar.close()
-    profiler.close()
-    trainer.finish_writing()
+    with Profiler(cfg.profile.steps, run_dir, groups.rank, groups.device, metrics.say) as profiler:
+        run(trainer, profiler, stop, held_out, tokenizer.token_bytes(), started)
 
     if trainer.step < cfg.total_steps:
         reasons = [reason for reason in groups.gather(stop.wanted()) if reason]
@@ -201,6 +166,60 @@ def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "W
     metrics.done(cfg.total_steps, seconds=time.perf_counter() - started)
     metrics.close()
     return 0
+
+
+def run(
+    trainer: "Trainer",
+    profiler: "Profiler",
+    stop: StopRequest,
+    held_out: "Mapping[str, ShardReader]",
+    token_bytes_V: "np.ndarray",
+    started: float,
+) -> None:
+    """The loop: steps with their log, validations and checkpoints, to the end or to a stop on request."""
+    from mm_train.alerts import Alerts
+    from mm_train.anomalies import diverged
+    from mm_train.statistics import progress
+
+    cfg, metrics = trainer.cfg, trainer.metrics
+    alerts = Alerts(metrics)
+    if trainer.step == 0 and held_out and not cfg.init_from:  # a later stage starts where the stage before ended
+        trainer.validate(held_out, token_bytes_V)
+    trainer.interval.start()
+    bar = progress(trainer.step, cfg, trainer.groups)
+    stopping = False
+    while trainer.step < cfg.total_steps and not stopping:
+        profiler.begin(trainer.step + 1)
+        outcome = trainer.train_step(stop.wanted() is not None)
+        profiler.end(trainer.step)
+        step, verdict, stopping = trainer.step, outcome.verdict, outcome.totals.stop
+        if verdict.action == "skip":
+            metrics.skipped(step, outcome.totals.loss, outcome.norms["total"], trainer.anomalies.skipped_steps)
+        elif verdict.action in ("warn", "rollback"):
+            metrics.alert(step, "loss spike", verdict.reason)
+        elif verdict.action == "stop":
+            metrics.alert(step, "training diverges", verdict.reason, level="error")
+            trainer.finish_writing()
+            raise diverged(step, verdict, trainer.last_checkpoint(), cfg.optim)
+
+        if verdict.action == "rollback" and trainer.roll_back(verdict.reason):
+            trainer.interval.start()
+        else:
+            last = step == cfg.total_steps
+            if last or step % cfg.log.every == 0:
+                values = trainer.values(outcome)
+                metrics.train(step, **values, seconds=time.perf_counter() - started)
+                if verdict.action != "skip":
+                    alerts.look(step, values)
+                trainer.interval.start()
+            if held_out and (last or (cfg.train.validate_every and step % cfg.train.validate_every == 0)):
+                trainer.validate(held_out, token_bytes_V)
+            if last or stopping or step % cfg.checkpoint.every == 0:
+                trainer.save()
+        trainer.report_written()
+        bar.update(trainer.step - bar.n)
+    bar.close()
+    trainer.finish_writing()
 
 
 def first_values(cfg: config.Config, tokenizer: "Tokenizer", groups: "Groups") -> "Source":

@@ -111,6 +111,13 @@ class Trainer:
         self._beat("optimizer")
         return self.interval.finish_step(float(scored), stop)
 
+    def values(self, outcome: Outcome) -> dict[str, Any]:
+        """What is logged of the interval that ends with this step."""
+        counts = {key: getattr(self.anomalies, key) for key in ("skipped_steps", "rollbacks")}
+        parts = {part: norm for part, norm in outcome.norms.items() if part != "total"}
+        norms = {"grad_norm": outcome.norms["total"], "grad_norm_parts": parts}
+        return self.interval.values(self.step) | {"lr": outcome.rate} | norms | counts
+
     @property
     def samples(self) -> int:
         """Position in the data: the first sample of the next step."""

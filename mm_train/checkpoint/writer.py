@@ -45,7 +45,7 @@ class Job(NamedTuple):
     """A rank's part of a checkpoint, ready to be written."""
 
     step: int
-    head: bytes  # of the file
+    vectors: list[files.Vector]  # of the file
     buffers: Iterable[memoryview]
     parts: list[Part]
     manifest: dict[str, Any]  # all but the files
@@ -86,7 +86,7 @@ class Writer:
         self._prepare(step, share.bytes)
         asynchronous = self.cfg.checkpoint.asynchronous
         buffers = self._staging.copy(share.tensors) if asynchronous else map(as_bytes, share.tensors)
-        job = Job(step, files.header(share.vectors), buffers, share.parts, self._manifest(step, facts), begun)
+        job = Job(step, share.vectors, buffers, share.parts, self._manifest(step, facts), begun)
         if asynchronous:
             # Nobody waits for it at exit: a process that fails should end, and half a checkpoint does no harm.
             self._thread = threading.Thread(target=self._work, args=(job,), name=f"checkpoint-{step}", daemon=True)
@@ -186,7 +186,7 @@ class Writer:
         path = partial / f"rank-{self.groups.rank:05d}.safetensors"
         failure = None
         try:
-            sha256, size = files.write(path, job.head, job.buffers)
+            sha256, size = files.write(path, files.header(job.vectors), job.buffers)
             parts = [part.to_json() for part in job.parts]
             _report(path, {"file": path.name, "sha256": sha256, "bytes": size, "parts": parts})
         except OSError as error:

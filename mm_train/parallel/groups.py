@@ -21,7 +21,9 @@ from mm_train import config
 from mm_train.cli import UserError
 from mm_train.sharding import ALONE, Place
 
-JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # of a collective too; faults.hang_seconds looks at the whole loop
+LONGER_SECONDS = (
+    600.0  # that a collective may wait beyond faults.hang_seconds: the watchdog, which says more, comes first
+)
 
 
 @dataclass
@@ -77,9 +79,10 @@ class Groups:
             dist.destroy_process_group()
 
 
-def init_groups(parallel: config.Parallel) -> Groups:
+def init_groups(parallel: config.Parallel, hang_seconds: float = 0) -> Groups:
     """Join the world and form its groups.
 
+    `hang_seconds` is how long the watchdog waits (mm_train.watchdog; 0: for ever); collectives wait longer.
     RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe the world; torchrun and launch/local.sh set them. Raises
     UserError when the world does not fit the layout or the machine, or a package that is wanted is not installed.
     """
@@ -95,8 +98,12 @@ def init_groups(parallel: config.Parallel) -> Groups:
         os.environ.setdefault("MASTER_PORT", "29500")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=JOIN_TIMEOUT)
-    return form_groups(parallel, rank, world, device)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    groups = form_groups(parallel, rank, world, device)
+    timeout = datetime.timedelta(seconds=hang_seconds + LONGER_SECONDS) if hang_seconds else datetime.timedelta(days=30)
+    for group in dist.distributed_c10d._world.pg_map:  # all there are: deepspeed and megatron make their own
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return groups
 
 
 def form_groups(parallel: config.Parallel, rank: int, world: int, device: torch.device) -> Groups:

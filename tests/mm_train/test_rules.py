@@ -27,7 +27,12 @@ def section_of(cfg: config.Config, path: str):
 def test_every_number_has_a_range():
     cfg = config.Config()
     sections = {name: getattr(cfg, name) for name in ("model", "data", "train", "optim", "moe", "parallel")}
-    sections |= {"checkpoint": cfg.checkpoint, "faults": cfg.faults, "log": cfg.log, "model.rope_scaling": config.RopeScaling()}
+    sections |= {
+        "checkpoint": cfg.checkpoint,
+        "faults": cfg.faults,
+        "log": cfg.log,
+        "model.rope_scaling": config.RopeScaling(),
+    }
     numbers = {
         f"{name}.{field.name}"
         for name, values in sections.items()
