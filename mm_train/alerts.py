@@ -8,6 +8,7 @@ from collections import deque
 from statistics import median
 from typing import Any, Protocol, TypeGuard
 
+from mm_train.anomalies import NORMAL
 from mm_train.log_lines import Record, short
 
 WINDOW = 5  # intervals in the median that stands for the loss of now
@@ -40,7 +41,7 @@ class History:
 
     def add(self, values: Record) -> None:
         """Take the values of the latest interval in. What was not measured or is not finite is left out."""
-        loss, speed = values.get("loss"), values.get("tokens_per_second")
+        loss, speed = values.get("loss"), _speed(values)
         if _finite(loss):
             self.losses.append(loss)
             if len(self.losses) >= WINDOW:
@@ -58,25 +59,22 @@ class History:
 def alerts_of(values: Record, history: History) -> dict[str, str]:
     """Kind of alert -> what is the matter, for one interval after those in `history`.
 
-    - divergence: loss or gradient norm is not finite, or the median loss of the last WINDOW intervals, this one
-      included, is over DIVERGED times the lowest that it ever was.
+    - divergence: the median loss of the last WINDOW intervals, this one included, is over DIVERGED times the lowest
+      that it ever was. (A loss that is not finite never gets here: mm_train.anomalies skips its step.)
     - spike: a loss above the median of the last RECENT intervals by SPIKE_DEVIATIONS robust standard deviations and by
       SPIKE_SHARE of it.
     - stall: less than STALLED of the run's median tokens a second, in PERSISTENT intervals in a row.
     - dead: an expert without a token in PERSISTENT intervals in a row.
     """
     found: dict[str, str] = {}
-    loss, norm, speed = (values.get(key) for key in ("loss", "grad_norm", "tokens_per_second"))
-    for what, value in (("loss", loss), ("gradient norm", norm)):
-        if value is not None and not math.isfinite(value):
-            found["divergence"] = f"the {what} is {value}"
+    loss, speed = values.get("loss"), _speed(values)
     if _finite(loss) and len(history.losses) >= WINDOW:
         now = median([*list(history.losses)[1 - WINDOW :], loss])
         if now > DIVERGED * history.lowest:
             found["divergence"] = f"the loss is {now:.3f} and was {history.lowest:.3f}"
     if _finite(loss) and len(history.losses) >= RECENT // 2:
         usual = median(history.losses)
-        deviation = 1.4826 * median(abs(x - usual) for x in history.losses)  # of a normal distribution: its sigma
+        deviation = NORMAL * median(abs(x - usual) for x in history.losses)
         if loss > usual + max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * usual):
             found["spike"] = f"the loss is {loss:.3f}; the median of {len(history.losses)} intervals is {usual:.3f}"
     if _finite(speed) and len(history.speeds) >= SPEEDS:
@@ -90,15 +88,26 @@ def alerts_of(values: Record, history: History) -> dict[str, str]:
 
 
 class Alerts:
-    """Tells every kind of alert once, and again only after it was over."""
+    """Tells every kind of alert once, and again only after it was over.
 
-    def __init__(self, metrics: Tells) -> None:
-        self.metrics = metrics
+    Args:
+        metrics: takes the alerts.
+        quiet_until: the step up to which idle experts are no news (optim.warmup_steps): at first the router has its
+            favourites, and nearly every run has idle experts.
+    """
+
+    def __init__(self, metrics: Tells, quiet_until: int = 0) -> None:
+        self.metrics, self.quiet_until = metrics, quiet_until
         self.history = History()
         self.raised: set[str] = set()
 
     def look(self, step: int, values: Record) -> None:
-        """Judge the interval that ended after `step`; `values` are those of Metrics.train."""
+        """Judge the interval that ended after `step`; `values` are those of Metrics.train.
+
+        Every interval is to be shown, also one whose steps were all skipped.
+        """
+        if step <= self.quiet_until:
+            values = values | {"expert_load": None}
         found = alerts_of(values, self.history)
         for kind in [kind for kind in found if kind not in self.raised]:
             self.metrics.alert(step, TITLES[kind], found[kind], level=LEVELS.get(kind, "warn"))
@@ -108,6 +117,11 @@ class Alerts:
 
 def _finite(value: Any) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
+
+
+def _speed(values: Record) -> float | None:
+    """Tokens a second; None for an interval whose steps were all skipped, which says nothing of the machine."""
+    return values.get("tokens_per_second") or None
 
 
 def _idle(values: Record) -> set[tuple[int, int]]:

@@ -127,12 +127,12 @@ class Anomalies:
 
 
 def not_finite(loss: float, grad_norm: float) -> str:
-    """Which of the two is not finite, in words; "" when both are. DeepSpeed's norm of -1 means the same."""
+    """Which of the two is not finite, in words; "" when both are."""
     wrong = []
     if not math.isfinite(loss):
         wrong.append(f"the loss is {loss}")
-    if not 0 <= grad_norm < math.inf:
-        wrong.append(f"the gradient norm is {'not finite' if grad_norm < 0 else grad_norm}")
+    if not math.isfinite(grad_norm):
+        wrong.append(f"the gradient norm is {grad_norm}")
     return " and ".join(wrong)
 
 

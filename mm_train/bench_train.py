@@ -8,8 +8,9 @@ processes of its own, and all ways share the same cores: one process uses them a
 and wait for each other, so that what else the machine does hits them alike; all stay in memory.
 
 What transformers is spared: its attention crosses documents (no mask), and it has no z-loss, no balancing of the
-experts and no statistics. batched_mm, its third way to run experts, copies an expert's weights for every token and is
-made for decoding: a step of the tiny model takes minutes. Torch-free; what trains is bench_train_worker.py.
+experts and no statistics. It drops no tokens: moe.dispatch=dropless, the default without a stage file, is the same
+work. batched_mm, its third way to run experts, copies an expert's weights for every token and is made for decoding: a
+step of the tiny model takes minutes. Torch-free; what trains is bench_train_worker.py.
 """
 
 import argparse

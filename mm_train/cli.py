@@ -15,6 +15,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its kind when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main(argv=None)`: a UserError becomes one line on stderr and exit status 2.
 

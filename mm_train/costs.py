@@ -166,7 +166,7 @@ def held(model: Model, place: Place) -> Held:
     """By the rules of mm_train.sharding, worked out for one layer only."""
     parts = Held([], [], [])
     for entry, box in local_boxes(replace(model, num_hidden_layers=1), place):
-        if not entry.name.endswith("expert_bias"):
+        if not inventory.is_buffer(entry.name):
             in_layer = entry.name.startswith("model.layers.")
             (parts.layer if in_layer else parts.after if parts.layer else parts.before).append((entry, box))
     return parts

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from mm_train.cli import UserError, command
+from mm_train.cli import UserError, command, first_line
 from mm_train.config import Log
 from mm_train.metric_names import PHASES
 from mm_train.metrics import wandb_entity
@@ -214,9 +214,9 @@ def create(project: str, entity: str | None, name: str) -> str:
     try:
         return view.save().url
     except Exception as error:  # of many kinds: network, login, permission, a project that is not there
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"W&B did not take the dashboard of {view.entity}/{project} (is there a run in that project?): {reason}"
+            f"W&B did not take the dashboard of {view.entity}/{project} (is there a run in that project?):"
+            f" {first_line(error)}"
         ) from None
 
 

@@ -157,13 +157,7 @@ def _assumptions(cfg: config.Config) -> Iterable[tuple[str, str]]:
 def _layout(cfg: config.Config, gpus: int, batch_is_given: bool) -> Layout:
     """A checked config on `gpus` GPUs. Raises UserError where they cannot share it out, as training does."""
     ep, tp, engine = cfg.parallel.expert_parallel, cfg.parallel.tensor_parallel, cfg.parallel.engine
-    if gpus > 1 and engine == "plain":
-        raise UserError(f"parallel.engine=plain runs on one process; there are {gpus}: use deepspeed or auto")
-    if gpus % tp:
-        raise UserError(f"parallel.tensor_parallel ({tp}) must divide the number of processes ({gpus})")
-    if gpus // tp % ep:
-        shared = f" / tensor_parallel ({tp})" if tp > 1 else ""
-        raise UserError(f"parallel.expert_parallel ({ep}) must divide the number of processes ({gpus}){shared}")
+    rules.check_world(cfg.parallel, gpus)
     share = cfg.train.micro_batch_size * cfg.data.seq_len * (gpus // tp)
     padded = cfg.moe.dispatch == "drop_and_pad" and cfg.model.num_local_experts > 0
     return Layout(

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mm_train import config
 from mm_train.data import Batch
+from mm_train.inventory import KINDS
 from mm_train.model import Losses, MobileMoE
 from mm_train.optim import adamw, parameter_groups
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)  # of tensors that training owns for each parameter
+MOMENTS = KINDS[1:]
 ReadRange = Callable[[str, int, int], Tensor]  # kind, start, stop -> those elements of the local tensor, 1-D float32
 
 

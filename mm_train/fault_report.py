@@ -10,24 +10,21 @@ from typing import Any
 
 from mm_train.checkpoint.folders import complete, step_of
 from mm_train.fault_run import Blow, Timing
+from mm_train.inventory import is_buffer
 from mm_train.log_lines import clock
 
-# What a step's line says of the training rather than of the machine.
-EXACT = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "grad_norm_parts",
-    "z_loss",
-    "router_entropy",
-    "expert_load",
-    "dropped_fraction",
-    "dead_experts",
-    "data_mixture",
-    "tokens",
-    "skipped_steps",
-    "rollbacks",
-)
+KINDS = ("train", "validation", "skipped")  # records that say what the training did
+# What they say of the machine instead; everything else must be the same.
+OF_THE_MACHINE = {
+    "seconds",
+    "step_seconds",
+    "phase_seconds",
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "model_flops_per_second",
+    "mfu",
+    "memory_gib",
+}
 SHOWN_PROBLEMS = 5  # of one sort
 
 
@@ -49,27 +46,40 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
-def step_records(run_dir: Path) -> list[dict[str, Any]]:
-    """Every line on a step that a run has logged, repeated ones included."""
+def log_records(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run has logged of KINDS, without OF_THE_MACHINE, repeated steps included."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    records = [record for record in map(json.loads, lines) if record["kind"] in KINDS]
+    return [{key: value for key, value in record.items() if key not in OF_THE_MACHINE} for record in records]
 
 
 def compare_logs(reference: Path, broken: Path) -> list[str]:
     """Where the log of the broken run is not that of the reference, to the last bit; steps done twice count twice."""
     problems = []
-    expected = {record["step"]: record for record in step_records(reference)}
-    found = step_records(broken)
+    expected: dict[str, list[dict[str, Any]]] = {}
+    for record in log_records(reference):  # a step can come twice, with other data, after a rollback
+        expected.setdefault(_what(record), []).append(record)
+    found = log_records(broken)
     for record in found:
-        want = expected.get(record["step"], {})
-        names = [name for name in EXACT if record.get(name) != want.get(name)]
-        if names:
+        wanted = expected.get(_what(record), [])
+        if not wanted:
+            problems.append(f"{_what(record)}: not in the log of the undisturbed run")
+        elif record not in wanted:
+            want = wanted[-1]
+            names = [name for name in want | record if record.get(name) != want.get(name)]
             values = f"{record.get(names[0])!r:.40} instead of {want.get(names[0])!r:.40}"
-            problems.append(f"step {record['step']}: {', '.join(names)} differ: {values}")
-    missing = sorted(set(expected) - {record["step"] for record in found})
+            problems.append(f"{_what(record)}: {', '.join(names)} differ: {values}")
+    there = {_what(record) for record in found}
+    missing = [what for what in expected if what not in there]
     if missing:
-        problems.append(f"{len(missing)} steps are missing in the log, the first is {missing[0]}")
+        problems.append(f"{len(missing)} records are missing in the log, the first is {missing[0]}")
     return _shortened(problems)
+
+
+def _what(record: dict[str, Any]) -> str:
+    """Kind, source if there is one, and step."""
+    source = f" of {record['source']}" if "source" in record else ""
+    return f"{record['kind']}{source}, step {record['step']}"
 
 
 def compare_checkpoints(reference: Path, broken: Path) -> list[str]:
@@ -85,7 +95,7 @@ def compare_checkpoints(reference: Path, broken: Path) -> list[str]:
     want, found = (Reader(folder).verify() for folder in folders if folder)
     problems = []
     for name in want.names():
-        for kind in want.kinds if not name.endswith(".expert_bias") else want.kinds[:1]:
+        for kind in want.kinds if not is_buffer(name) else want.kinds[:1]:
             a, b = (reader.read(name, kind).view(torch.int32) for reader in (want, found))
             if not torch.equal(a, b):
                 problems.append(f"{kind} of {name}: {int((a != b).sum())} of {a.numel()} elements differ")

@@ -5,8 +5,9 @@ python -m mm_train.faults MODEL.yaml STAGE.yaml parallel.expert_parallel=2 --ran
 
 One run is left alone (OUT/reference). The other (OUT/broken), with the same config, gets SIGKILL at random instants, a
 share of them while a checkpoint is being written, and is started again, by the same command every time, until it is
-through. In the end every line of its log and every bit of its last checkpoint must be the reference's, and every time
-it must have gone on from the newest checkpoint that is complete. Exit status 1 when anything is not so.
+through. In the end all that its log says of training, validation and skipped steps (apart from times, speeds and
+memory) and every bit of its last checkpoint must be the reference's, and every time it must have gone on from the
+newest checkpoint that is complete. Exit status 1 when anything is not so.
 
 Each blow has its place in the run, drawn beforehand, and falls when the run comes by it. So the number of starts is
 known, and the run gets to its end however many blows there are.
@@ -26,9 +27,10 @@ from tqdm import tqdm
 
 from mm_train import config
 from mm_train.cli import UserError, command
-from mm_train.fault_report import Outcome, blow_line, compare_checkpoints, compare_logs, report_lines, step_records
+from mm_train.fault_report import Outcome, blow_line, compare_checkpoints, compare_logs, log_records, report_lines
 from mm_train.fault_run import LAUNCHER, SILENT_SECONDS, Attempt, Blow, Timing, newest_intact, strike
 from mm_train.files import write_atomic
+from mm_train.rules import check_world
 from mm_train.stopping import STOPPED
 from mm_train.watchdog import HUNG
 
@@ -37,6 +39,11 @@ EPILOG = """kinds of blows:
           tenth during start-up; to one rank, to all of them, or (ranks > 1) to launch/local.sh
   hang    SIGSTOP of one rank: the watchdog of the others has to end the run within faults.hang_seconds
   stop    SIGTERM or SIGUSR1 to launch/local.sh (one process: to itself): exit status 75, and no step is lost
+
+examples:
+  python -m mm_train.faults configs/model/tiny.yaml configs/stage/tiny/pretrain.yaml train.tokens=163840 \\
+      checkpoint.every=5
+  python -m mm_train.faults MODEL.yaml STAGE.yaml parallel.expert_parallel=2 --ranks 2 --kills 60 --hangs 2 --stops 4
 """
 END_SECONDS = 60.0  # for what was killed, and all that depends on it, to be gone
 HANG_SECONDS = 45.0  # faults.hang_seconds, unless the command line has another; start-up must not take longer
@@ -52,13 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("configs", nargs="+", metavar="FILE.yaml | key=value", help="as for mm_train.train")
-    parser.add_argument("--kills", type=int, default=20, help="default 20")
-    parser.add_argument("--hangs", type=int, default=0, help="default 0; needs --ranks 2 or more")
-    parser.add_argument("--stops", type=int, default=0, help="default 0")
-    parser.add_argument("--during-writes", type=float, default=0.3, metavar="SHARE", help="of the kills; default 0.3")
-    parser.add_argument("--ranks", type=int, default=1, help="processes (launch/local.sh); default 1, without it")
-    parser.add_argument("--seed", type=int, default=0, help="of places and targets; instants are the machine's")
-    parser.add_argument("--out", type=Path, default=Path("runs/faults"), help="new folder; default runs/faults")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="SIGKILLs in all; default %(default)s")
+    parser.add_argument(
+        "--hangs", type=int, default=0, metavar="N", help="SIGSTOPs; default %(default)s, more need --ranks 2"
+    )
+    parser.add_argument("--stops", type=int, default=0, metavar="N", help="requests to stop; default %(default)s")
+    parser.add_argument(
+        "--during-writes",
+        type=float,
+        default=0.3,
+        metavar="SHARE",
+        help="of the kills that fall while a checkpoint is written, from 0 to 1; default %(default)s",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of the run, started by launch/local.sh when there is more than one; default %(default)s",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of places and targets (instants are the machine's); default %(default)s"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/faults"), help="new folder for both runs; default %(default)s"
+    )
     args = parser.parse_intermixed_args(argv)
     cfg, words = prepare(args)
     blows = plan(args, cfg)
@@ -93,7 +118,10 @@ def prepare(args: argparse.Namespace) -> tuple[config.Config, list[str]]:
         overrides.append(f"faults.hang_seconds={HANG_SECONDS}")
     # Every step in the log, or an interval that a kill has cut could not be compared.
     words = [*files, *overrides, "log.every=1", "log.wandb=disabled"]
-    return config.load_words([*words, f"run.dir={args.out / 'reference'}"]), words
+    cfg = config.load_words([*words, f"run.dir={args.out / 'reference'}"])
+    check_world(cfg.parallel, args.ranks)
+    cfg.micro_steps(args.ranks)
+    return cfg, words
 
 
 def plan(args: argparse.Namespace, cfg: config.Config) -> list[Blow]:
@@ -132,6 +160,7 @@ def run(args: argparse.Namespace, cfg: config.Config, words: list[str], blows: l
     if attempt.status != 0:
         raise UserError(f"the undisturbed run failed (status {attempt.status}): {attempt.output(3)}")
     undisturbed = time.monotonic() - begun
+    newest_intact(reference)  # imports torch, for which there is no time between a blow's place and its moment
     timing = Timing.measure(reference, attempt.first_step_seconds or 0.0)
     outcome = Outcome(words, args.ranks, args.seed, cfg.total_steps, timing, undisturbed)
     begun = time.monotonic()
@@ -139,7 +168,7 @@ def run(args: argparse.Namespace, cfg: config.Config, words: list[str], blows: l
         break_run(broken, cfg.faults.hang_seconds, blows, outcome, bar)
     outcome.broken_seconds = time.monotonic() - begun
     if not outcome.problems:
-        outcome.steps_done = len(step_records(broken))
+        outcome.steps_done = sum(record["kind"] == "train" for record in log_records(broken))
         outcome.problems += [*compare_logs(reference, broken), *compare_checkpoints(reference, broken)]
     return outcome
 

@@ -12,6 +12,7 @@ from mm_train.config import Model
 
 # Parts in the order in which they are shown.
 PARTS = ("embedding", "attention", "router", "routed experts", "shared expert", "mlp", "norms")
+KINDS = ("weight", "exp_avg", "exp_avg_sq")  # of tensors that training owns for each parameter: AdamW's
 
 
 class Entry(NamedTuple):
@@ -42,6 +43,11 @@ def tensors(model: Model) -> Iterator[Entry]:
         yield Entry(layer + "post_attention_layernorm.weight", (width,), "norms")
         yield from _feed_forward(model, layer + "feed_forward.")
     yield Entry("model.norm.weight", (width,), "norms")
+
+
+def is_buffer(name: str) -> bool:
+    """Is this a tensor that is not trained by gradients, hence without moments: the selection bias?"""
+    return name.endswith(".expert_bias")
 
 
 def _feed_forward(model: Model, prefix: str) -> Iterator[Entry]:

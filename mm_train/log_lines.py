@@ -34,8 +34,13 @@ def run_line(facts: Record) -> str:
         parts.append(f"{short(facts['params_total'])} parameters, {short(facts.get('params_active'))} active per token")
     if facts.get("world"):
         parts.append(f"{facts['world']} rank(s), expert parallel {facts.get('expert_parallel', 1)}")
+        if facts.get("tensor_parallel", 1) > 1:
+            parts.append(f"tensor parallel {facts['tensor_parallel']}")
+        if facts["world"] > 1 and facts.get("zero_stage") is not None:  # one process has nothing to share out
+            parts.append(f"ZeRO {facts['zero_stage']}")
     if facts.get("total_steps"):
-        parts.append(f"{facts['total_steps']} steps of {short(facts.get('global_batch_tokens'))} tokens")
+        micro_steps = f" in {facts['micro_steps']} micro-steps" if facts.get("micro_steps", 1) > 1 else ""
+        parts.append(f"{facts['total_steps']} steps of {short(facts.get('global_batch_tokens'))} tokens{micro_steps}")
     return ", ".join(parts)
 
 

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from mm_train.cli import UserError
+from mm_train.cli import UserError, first_line
 from mm_train.log_lines import (
     Record,
     alert_line,
@@ -32,8 +32,8 @@ from mm_train.log_lines import (
     validation_line,
 )
 from mm_train.metric_names import named
+from mm_train.rules import CHOICES
 
-WANDB_MODES = ("auto", "online", "offline", "disabled")
 LEVELS = ("info", "warn", "error")  # of an alert
 EACH_COUNTS = ("run", "rollback", "stopped")  # kinds of which no line replaces an earlier one
 
@@ -47,8 +47,8 @@ class Metrics:
     Args:
         run_dir: the run folder; made if it is missing. Lines are appended, so that a resumed run continues its record.
         is_main: whether this rank writes.
-        wandb_mode: "online", "offline", "disabled", or "auto": what WANDB_MODE says, else online for a user who is
-            logged in to W&B and offline for others.
+        wandb_mode: config's log.wandb. "online", "offline", "disabled", or "auto": what WANDB_MODE says, else online
+            for a user who is logged in to W&B and offline for others.
         config: the resolved configuration, shown by W&B.
         project: W&B project.
         run_name: W&B name of the run.
@@ -75,8 +75,8 @@ class Metrics:
         self._wandb: Any = None
         if not is_main:
             return
-        if wandb_mode not in WANDB_MODES:
-            raise UserError(f'unknown W&B mode "{wandb_mode}": it is one of {", ".join(WANDB_MODES)}')
+        if wandb_mode not in (modes := CHOICES["log.wandb"]):
+            raise UserError(f'unknown W&B mode "{wandb_mode}": it is one of {", ".join(map(str, modes))}')
         folder = Path(run_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -208,9 +208,8 @@ class Metrics:
         except Exception as error:  # W&B raises errors of many kinds, and none of them may end a training run
             if what not in self._said:
                 self._said.add(what)
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 complaint = complaint or f"{what} fails, training goes on"
-                print(f"warning: {complaint}: {reason}", file=sys.stderr, flush=True)
+                print(f"warning: {complaint}: {first_line(error)}", file=sys.stderr, flush=True)
 
     def _start_wandb(self, folder: Path, mode: str, config: dict[str, Any], project: str, name: str) -> Any:
         """The W&B run of this folder: the one of an earlier process, continued, or a new one; None without W&B."""
@@ -311,7 +310,7 @@ def wandb_entity() -> str:
         wandb.setup(wandb.Settings(silent=True))
         entity = wandb.Api().default_entity if wandb.login(prompt=False, verify=False) else None
     except Exception as error:  # of many kinds: a malformed key, a wrong one, no network
-        raise UserError(f"W&B login fails: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from None
+        raise UserError(f"W&B login fails: {first_line(error)}") from None
     if not entity:
         raise UserError("nobody is logged in to W&B here: wandb login, or set WANDB_API_KEY")
     return entity

@@ -67,17 +67,16 @@ def rope_frequencies(model: config.Model) -> Tensor:
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_table(model: config.Model, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin at `positions` [T] or [B, T]: [..., 1, C / 2], float32."""
+def rope_table(model: config.Model, positions: Tensor) -> Tensor:
+    """cos + i sin at `positions` [T] or [B, T]: [..., 1, C / 2], complex of two float32."""
     angles = positions[..., None, None].float() * rope_frequencies(model).to(positions.device)
-    return angles.cos(), angles.sin()
+    return torch.complex(angles.cos(), angles.sin())
 
 
-def apply_rope(x_BTHC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn adjacent pairs (x[2i], x[2i+1]) by position * frequency_i, in float32."""
-    cos, sin = rope
-    even, odd = x_BTHC.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHC.dtype)
+def apply_rope(x_BTHC: Tensor, rope: Tensor) -> Tensor:
+    """Turn adjacent pairs (x[2i], x[2i+1]) by position * frequency_i, in float32: one product of complex numbers."""
+    pairs = torch.view_as_complex(x_BTHC.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x_BTHC.dtype)
 
 
 def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,9 +101,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, kv_heads * model.head_dim)
         self.o_proj = Linear(heads * model.head_dim, width)
 
-    def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTS: Tensor | None, append: Append | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor, mask_BTS: Tensor | None, append: Append | None = None) -> Tensor:
         """`mask_BTS` (causal included) is True, or 0 rather than -inf, where a query may look; None: plain causal.
 
         `append` takes the new keys and values and returns all that can be seen (mm_train.kv_cache).
@@ -146,7 +143,7 @@ class Layer(nn.Module):
         self.feed_forward = MoELayer(model) if model.num_local_experts else MLP(model)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_BTS: Tensor | None, append: Append | None = None
+        self, x_BTD: Tensor, rope: Tensor, mask_BTS: Tensor | None, append: Append | None = None
     ) -> tuple[Tensor, RouterStats | None]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask_BTS, append)
         h_ND, stats = self.post_attention_layernorm(x_BTD).flatten(0, 1), None

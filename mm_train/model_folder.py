@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mm_train import config
-from mm_train.checkpoint.reader import Reader, find
+from mm_train.checkpoint.folders import find
+from mm_train.checkpoint.reader import Reader
 from mm_train.cli import UserError
 from mm_train.files import is_file, is_folder
 from mm_train.model import MobileMoE

@@ -18,6 +18,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from mm_train.cli import first_line
+
 TOP = 25  # operators in top.txt
 SHOWN = 10  # of them in the log
 STEP = "training step"  # the mark of a step in the trace
@@ -35,9 +37,18 @@ class Profiler:
         rank: this process; rank 0 records.
         device: where training runs; on a GPU its kernels are recorded too.
         say: takes lines for the log.
+        total_steps: of the run; steps beyond them are told at once. None: not known.
     """
 
-    def __init__(self, steps: str, run_dir: str | Path, rank: int, device: torch.device, say: Callable[[str], None]):
+    def __init__(
+        self,
+        steps: str,
+        run_dir: str | Path,
+        rank: int,
+        device: torch.device,
+        say: Callable[[str], None],
+        total_steps: int | None = None,
+    ) -> None:
         first, _, last = steps.partition("-")
         self.first, self.last = (int(first), int(last or first)) if steps and rank == 0 else (0, 0)
         self.folder = Path(run_dir) / "profile"
@@ -46,6 +57,14 @@ class Profiler:
         self._recorded = 0
         self._torch: Any = None
         self._mark: Any = None
+        if total_steps is not None and self.last > total_steps:
+            beyond = f"the run ends at step {total_steps} (profile.steps {steps})"
+            if self.first > total_steps:
+                self.last = 0
+                say(f"warning: no profile: {beyond}")
+            else:
+                self.last = total_steps
+                say(f"warning: the profile will be shorter: {beyond}")
 
     def begin(self, step: int) -> None:
         """`step`, counted from 1, begins."""
@@ -123,8 +142,7 @@ class Profiler:
         try:
             work()
         except Exception as error:  # the profiler raises errors of many kinds, and none may end a training run
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._say(f"warning: the profile fails, training goes on: {reason}")
+            self._say(f"warning: the profile fails, training goes on: {first_line(error)}")
             self._torch, self._mark, self.last = None, None, 0
 
 

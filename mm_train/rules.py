@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mm_train.cli import UserError
 
 if TYPE_CHECKING:
-    from mm_train.config import Config, Model
+    from mm_train.config import Config, Model, Parallel
 
 CHOICES = {
     "model.scoring_func": ("sigmoid", "softmax"),
@@ -136,6 +136,18 @@ def validate_model(model: Model, int4: bool = True) -> None:
         _refuse(_int4_rules(model))
 
 
+def check_world(parallel: Parallel, world: int) -> None:
+    """Raise UserError when `world` processes cannot take the layout."""
+    tp, ep = parallel.tensor_parallel, parallel.expert_parallel
+    if world > 1 and parallel.engine == "plain":
+        raise UserError(f"parallel.engine=plain runs on one process; there are {world}: use deepspeed or auto")
+    if world % tp:
+        raise UserError(f"parallel.tensor_parallel ({tp}) must divide the number of processes ({world})")
+    if world // tp % ep:
+        shared = f" / tensor_parallel ({tp})" if tp > 1 else ""
+        raise UserError(f"parallel.expert_parallel ({ep}) must divide the number of processes ({world}){shared}")
+
+
 def check_values(section: str, values: object) -> None:
     """Check each value of one section by itself. Raises UserError that names key, value and what is allowed."""
     for path in (*CHOICES, *RANGES):
@@ -200,6 +212,11 @@ def _training_rules(config: Config) -> Rules:
     )
     yield from _tensor_parallel_rules(config)
     yield (
+        config.faults.spike_factor > 0 or config.faults.spike_action == "warn",
+        f"faults.spike_action is {config.faults.spike_action} but spikes are not looked for: set faults.spike_factor,"
+        " e.g. 8",
+    )
+    yield (
         model.num_experts_per_tok != 1 or not model.norm_topk_prob,
         "model.norm_topk_prob with num_experts_per_tok 1 makes every weight 1, and the router learns nothing:"
         " set model.norm_topk_prob=false",
@@ -254,10 +271,12 @@ def _run_rules(config: Config) -> Rules:
     yield bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"
     yield bool(config.data.path), "data.path is empty: name a data set folder written by data_prep"
     steps = config.profile.steps
-    first, _, last = steps.partition("-")
+    first, dash, last = steps.partition("-")
+    last = last if dash else first
     yield (
-        not steps or (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)),
-        f"profile.steps is {steps!r}; it must be a step or a range of steps, counted from 1, e.g. 10-12",
+        not steps or (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= config.total_steps),
+        f"profile.steps is {steps!r}; it must be a step or a range of steps, counted from 1 and up to"
+        f" {config.total_steps}, e.g. 10-12",
     )
 
 

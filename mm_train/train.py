@@ -151,7 +151,7 @@ def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "W
         metrics.alert(trainer.step, "damaged checkpoint", notice)
     if reader is not None:
         metrics.say(f"resuming after step {trainer.step} from {reader.folder}")
-    with Profiler(cfg.profile.steps, run_dir, groups.rank, groups.device, metrics.say) as profiler:
+    with Profiler(cfg.profile.steps, run_dir, groups.rank, groups.device, metrics.say, cfg.total_steps) as profiler:
         run(trainer, profiler, stop, held_out, tokenizer.token_bytes(), started)
 
     if trainer.step < cfg.total_steps:
@@ -182,7 +182,7 @@ def run(
     from mm_train.statistics import progress
 
     cfg, metrics = trainer.cfg, trainer.metrics
-    alerts = Alerts(metrics)
+    alerts = Alerts(metrics, quiet_until=cfg.optim.warmup_steps)
     if trainer.step == 0 and held_out and not cfg.init_from:  # a later stage starts where the stage before ended
         trainer.validate(held_out, token_bytes_V)
     trainer.interval.start()
@@ -209,12 +209,12 @@ def run(
             if last or step % cfg.log.every == 0:
                 values = trainer.values(outcome)
                 metrics.train(step, **values, seconds=time.perf_counter() - started)
-                if verdict.action != "skip":
-                    alerts.look(step, values)
+                alerts.look(step, values)
                 trainer.interval.start()
             if held_out and (last or (cfg.train.validate_every and step % cfg.train.validate_every == 0)):
                 trainer.validate(held_out, token_bytes_V)
-            if last or stopping or step % cfg.checkpoint.every == 0:
+            # Not in a row of skipped steps: if the weights are what is wrong, the good checkpoints must outlive it.
+            if last or stopping or (step % cfg.checkpoint.every == 0 and verdict.action in ("ok", "warn")):
                 trainer.save()
         trainer.report_written()
         bar.update(trainer.step - bar.n)

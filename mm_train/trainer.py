@@ -41,7 +41,8 @@ class Outcome:
 class Trainer:
     """A run under way.
 
-    `step` counts optimizer steps that were done or skipped, `left_out` the samples that rollbacks passed over.
+    `step` counts optimizer steps that were done or skipped, `updates` those of them that were applied, `left_out` the
+    samples that rollbacks passed over.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Trainer:
         self.metrics, self.watchdog = metrics, watchdog
         self.run_dir = Path(cfg.run.dir)
         self.rows = cfg.train.global_batch_tokens // cfg.data.seq_len
-        self.step = self.left_out = 0
+        self.step = self.updates = self.left_out = 0
         self.anomalies = Anomalies(cfg.faults)
         self.writer = Writer(self.run_dir, groups, cfg)
+        self.writer.reserve(engine)
         self.stalled: dict[int, float] = {}  # seconds that the loop stood still for checkpoints under way, by step
         self.interval = Interval(cfg, groups, sorted(loader.readers))
         self.biases = [layer.expert_bias for layer in engine.model.moe_layers()]
@@ -81,8 +83,10 @@ class Trainer:
             rate = optim.learning_rate(self.step, cfg.total_steps, cfg.optim)
             if verdict.action in ("ok", "warn"):
                 optim.clip(self.engine, norms["total"], cfg.optim.clip_grad_norm)
+                self._settle()
                 self.engine.step(rate)
                 optim.update_expert_bias(self.biases, totals.counts_LE, cfg.moe.bias_update_rate)
+                self.updates += 1
             else:
                 self.engine.discard()
                 self.interval.forget_step()
@@ -134,6 +138,7 @@ class Trainer:
         return {
             "samples": self.samples,
             "rows_per_step": self.rows,
+            "updates": self.updates,
             "data": self.loader.identity,
             "anomalies": self.anomalies.state(),
         }
@@ -144,6 +149,13 @@ class Trainer:
         with self.interval.clock.phase("checkpoint"):
             self.stalled[self.step] = self.writer.save(self.step, self.engine, self.facts)
         self.report_written()
+
+    def _settle(self) -> None:
+        """Wait until the checkpoint under way, if any, is copied: what it is copied from is about to change."""
+        with self.interval.clock.phase("checkpoint"):
+            seconds = self.writer.settle()
+        for step in self.stalled:  # at most one: a save waits for the one before
+            self.stalled[step] += seconds
 
     def finish_writing(self) -> None:
         """Wait until every checkpoint is on the disk."""
@@ -163,8 +175,10 @@ class Trainer:
         """Take over everything from a checkpoint. Raises UserError when it is of another network or other data."""
         reader.check_model(self.cfg.model)
         check_data(reader, self.loader.identity, self.rows)
+        self._settle()
         restore(reader, self.engine, self.groups)
-        self.step = reader.step
+        self.step, self.updates = reader.step, reader.manifest["updates"]
+        self.engine.restore_step(self.updates)  # AdamW's bias correction knows nothing of steps that were skipped
         self.left_out = reader.manifest["samples"] - self.step * self.rows
         self.anomalies.load(reader.manifest["anomalies"])
 
@@ -176,6 +190,8 @@ class Trainer:
         self.finish_writing()
         reader = open_newest(self.run_dir, self.groups, self.metrics.say)
         if reader is None:
+            self.anomalies.skipped_steps += 1
+            self.metrics.say("there is no checkpoint to go back to: the step is skipped")
             return False
         left, next_sample, before = self.step, self.samples, self.anomalies
         self.anomalies = Anomalies(self.cfg.faults)
@@ -196,10 +212,15 @@ class Trainer:
         """Score held-out text and log it. Collective."""
         cfg = self.cfg
         with self.interval.clock.phase("validation"):
-            for source, reader in held_out.items():
-                self._beat("validation")
-                rows, most = cfg.train.micro_batch_size, cfg.train.validation_tokens
-                (score,) = validate(
-                    self.engine.model, {source: reader}, token_bytes_V, cfg.data.seq_len, rows, self.groups, most
-                ).values()
-                self.metrics.validation(self.step, source, **asdict(score))
+            scores = validate(
+                self.engine.model,
+                held_out,
+                token_bytes_V,
+                cfg.data.seq_len,
+                cfg.train.micro_batch_size,
+                self.groups,
+                cfg.train.validation_tokens,
+                beat=lambda: self._beat("validation"),
+            )
+        for source, score in scores.items():
+            self.metrics.validation(self.step, source, **asdict(score))

@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ def validate(
     rows: int,
     groups: Groups,
     max_tokens: int = 0,
+    beat: Callable[[], object] = lambda: None,
 ) -> dict[str, Score]:
     """Score the held-out rows of each source, shared out over the ranks; routing is dropless. Collective.
 
@@ -51,6 +52,7 @@ def validate(
         rows: rows a rank scores at once.
         token_bytes_V: UTF-8 bytes of each token id (Tokenizer.token_bytes).
         max_tokens: of each source, in rows spread evenly over it; 0: all its full rows.
+        beat: called before every forward pass.
     """
     training = model.training
     model.eval()
@@ -60,7 +62,7 @@ def validate(
         total = reader.num_windows(seq_len)
         count = min(total, max(1, max_tokens // seq_len)) if max_tokens else total
         windows = [i * total // count for i in range(count)]
-        sums = _sum_rows(model, reader, windows, seq_len, rows, bytes_V, groups)
+        sums = _sum_rows(model, reader, windows, seq_len, rows, bytes_V, groups, beat)
         nats, tokens, num_bytes = groups.sum(sums).tolist()
         scores[name] = Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1), int(tokens), int(num_bytes))
     model.train(training)
@@ -75,10 +77,12 @@ def _sum_rows(
     rows: int,
     bytes_V: Tensor,
     groups: Groups,
+    beat: Callable[[], object],
 ) -> Tensor:
     """Nats, scored tokens and their bytes over this rank's share of the rows, float64."""
     sums = torch.zeros(3, dtype=torch.float64, device=groups.device)
     for start in range(0, len(windows), rows * groups.dp_size):
+        beat()
         # All ranks make equally many forward passes, as all-to-all needs; rows beyond the end score nothing.
         first = start + groups.dp_rank * rows
         mine = [windows[i % len(windows)] for i in range(first, first + rows)]

@@ -38,7 +38,8 @@ class Watchdog:
     """Ends the process when `beat` was not called for `seconds`; 0: never.
 
     Args:
-        run_dir: the run folder; `stacks/` and `heartbeat/` are made in it.
+        run_dir: the run folder; `stacks/` and `heartbeat/` are made in it. Heartbeats are only written once it exists,
+            so that a start which fails at its inputs leaves nothing behind.
         rank, world: this process and how many there are.
         seconds: without a beat, from the construction on.
     """
@@ -128,7 +129,7 @@ class Watchdog:
         path = heartbeat_file(self._folder, self.rank)
         beat = {"step": step, "phase": phase, "time": time.time(), "pid": os.getpid()}
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)  # fails as long as there is no run folder
             new = path.with_suffix(".new")
             new.write_text(json.dumps(beat) + "\n")
             os.replace(new, path)

@@ -50,7 +50,7 @@ def initial(shape: config.Model, seed: int) -> Source:
 
     def read(name: str, box: Box) -> Tensor:
         if len(shapes[name]) < 2:
-            return torch.full(box.shape, 0.0 if name.endswith("expert_bias") else 1.0)
+            return torch.full(box.shape, 0.0 if inventory.is_buffer(name) else 1.0)
         std = shape.initializer_range
         if "o_proj" in name or "down_proj" in name:
             std /= math.sqrt(2 * shape.num_hidden_layers)

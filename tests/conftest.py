@@ -9,10 +9,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 
 from mm_train import config
 from mm_train.shards import ShardWriter
 from mm_train.tokenizer import Tokenizer, assemble
+
+settings.register_profile("no deadline", deadline=None)  # machines that run tests are busy
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

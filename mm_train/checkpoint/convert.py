@@ -9,11 +9,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mm_train.checkpoint import files
-from mm_train.checkpoint.format import KINDS, RNG, Part, is_buffer, open_checkpoint, write_manifest
-from mm_train.checkpoint.reader import Reader, find
+from mm_train.checkpoint.folders import find
+from mm_train.checkpoint.format import RNG, Part, open_checkpoint, write_manifest
+from mm_train.checkpoint.reader import Reader
 from mm_train.checkpoint.share import as_bytes
 from mm_train.cli import UserError
 from mm_train.files import is_file, sync
+from mm_train.inventory import KINDS, is_buffer
 from mm_train.sharding import whole
 
 PIECE = 1 << 22  # elements in memory at a time

@@ -10,12 +10,14 @@ Every change is one rename, so that a process may be killed between any two of t
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
-from mm_train.checkpoint.format import MANIFEST, name_of_step, open_checkpoint, read_manifest
+from mm_train.checkpoint.format import MANIFEST, MISSING, Damaged, name_of_step, open_checkpoint, read_manifest
 from mm_train.cli import UserError
 from mm_train.files import is_file, is_folder, sync, write_atomic
 
@@ -36,19 +38,34 @@ def step_of(folder: Path) -> int | None:
 
 
 def complete(run_dir: Path) -> list[Path]:
-    """Folders of the complete checkpoints of a run, newest first; their contents may be damaged since."""
+    """Folders of the complete checkpoints of a run, newest first; their contents may be damaged since.
+
+    Raises UserError when their folder is there and cannot be read.
+    """
     try:
         names = sorted(os.listdir(root_of(run_dir)), reverse=True)  # X.replaced comes before X, which overrules it
-    except OSError:
-        return []
-    found = {int(match[1]): root_of(run_dir) / name for name in names if (match := NAME.fullmatch(name))}
-    return [found[step] for step in sorted(found, reverse=True) if is_folder(found[step])]
+        found = {int(match[1]): root_of(run_dir) / name for name in names if (match := NAME.fullmatch(name))}
+        return [found[step] for step in sorted(found, reverse=True) if _is_folder(found[step])]
+    except OSError as error:
+        if error.errno in (*MISSING, errno.ENAMETOOLONG):
+            return []
+        raise UserError(f"cannot read {root_of(run_dir)}: {error.strerror or error}; nothing was changed") from None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in MISSING:
+            return False
+        raise
 
 
 def candidates(run_dir: Path) -> tuple[list[Path], str | None]:
     """Checkpoints that a run may go on from, best first, and what is wrong with `latest`, if anything.
 
     Those after `latest` belong to a part of the run that was given up. Without a `latest` that can be trusted, all.
+    Raises UserError when something is there and cannot be read.
     """
     found = complete(run_dir)
     if not found:
@@ -66,6 +83,8 @@ def _read_latest(run_dir: Path, found: list[Path]) -> tuple[int | None, str | No
     try:
         text = path.read_text(encoding="ascii")
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in MISSING:
+            raise UserError(f"cannot read {path}: {error.strerror or error}; nothing was changed") from None
         return None, f"{path} cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})"
     match = POINTER.fullmatch(text)
     if not match:
@@ -75,30 +94,38 @@ def _read_latest(run_dir: Path, found: list[Path]) -> tuple[int | None, str | No
     if folder is None:
         return None, f"{path} names {name}, which is missing"
     if digest:
-        with contextlib.suppress(UserError):  # a damaged manifest is noticed when it is read
+        with contextlib.suppress(UserError):  # a manifest that is not in order is noticed when the checkpoint is read
             if read_manifest(folder)["sha256"] != digest:
                 return None, f"{path} does not fit the manifest of {folder.name}"
     return step, None
 
 
 def latest(run_dir: Path) -> Path | None:
-    """Folder of a run's newest checkpoint that looks good: manifest in order, files there. None if there is none."""
-    for folder in candidates(run_dir)[0]:
-        with contextlib.suppress(UserError):
-            return open_checkpoint(folder).folder
+    """Folder of a run's newest checkpoint that looks good: manifest in order, files there. None if there is none.
+
+    For what is said of a run; `find` and reader.open_newest pass over damaged ones only.
+    """
+    with contextlib.suppress(UserError):
+        for folder in candidates(run_dir)[0]:
+            with contextlib.suppress(UserError):
+                return open_checkpoint(folder).folder
     return None
 
 
 def find(path: Path) -> Path:
-    """Checkpoint folder meant by a run folder (see `latest`) or a checkpoint folder. Raises UserError if none."""
+    """Checkpoint folder meant by a run folder (its newest that looks good) or a checkpoint folder.
+
+    Raises UserError if there is none, and for one that is not damaged and cannot be read: an older one is not meant.
+    """
     if is_file(path / MANIFEST) or (NAME.fullmatch(path.name) and is_folder(path)):
         return path
-    folder = latest(path)
-    if folder is None:
-        for damaged in candidates(path)[0]:
-            open_checkpoint(damaged)  # says why
-        raise UserError(f"no checkpoint in {path}: expected checkpoints/{LATEST} of a run, or {MANIFEST}")
-    return folder
+    damage = None
+    for folder in candidates(path)[0]:
+        try:
+            return open_checkpoint(folder).folder
+        except Damaged as error:
+            damage = damage or error
+    raise damage or UserError(f"no checkpoint in {path}: expected checkpoints/{LATEST} of a run, or {MANIFEST}")
 
 
 def publish(partial: Path, digest: str) -> Path:
@@ -123,7 +150,10 @@ def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
     Later ones are of a part of the run that was given up: they go too, as does what interrupted writes left. What
     cannot be removed stays.
     """
-    found = complete(run_dir)
+    try:
+        found = complete(run_dir)
+    except UserError:
+        return
     steps = [step for folder in found if (step := step_of(folder)) is not None and step <= newest]
     kept = {*steps[:keep], *(step for step in steps if keep_every and step % keep_every == 0)}
     for folder in root_of(run_dir).glob("step-*.replaced"):  # first: they would count again without those below

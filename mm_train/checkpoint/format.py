@@ -2,8 +2,8 @@
 
 manifest.json is one line of JSON with sorted keys:
 
-    format, step, written (UTC), layout (world, expert_parallel, tensor_parallel, zero_stage), config, kinds,
-    what the writer was told (samples, data, rows_per_step, ...),
+    format, step, written (UTC), layout (world, engine, expert_parallel, tensor_parallel, zero_stage), config, kinds,
+    what the writer was told (FACTS),
     files: [{file, sha256, bytes, parts: [{name, box: {start, shape}, range: [a, b], key}]}],
     sha256: of the same line without this key
 
@@ -12,6 +12,7 @@ checkpoint's kinds, or the weight alone for a buffer. Boxes of a tensor are equa
 checkpoint together hold every element of the network once.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -28,15 +29,17 @@ from mm_train.checkpoint.boxes import intersection
 from mm_train.checkpoint.files import sha256
 from mm_train.cli import UserError
 from mm_train.files import sync
+from mm_train.inventory import KINDS
 from mm_train.sharding import Box, whole
 
 FORMAT, OLD_FORMAT = "mobilemoe-checkpoint-2", "mobilemoe-checkpoint-1"
-KINDS = ("weight", "exp_avg", "exp_avg_sq")  # those of mm_train.engine, which is not torch-free
+FACTS = ("samples", "rows_per_step", "data", "anomalies")  # that a run needs to go on
 RNG = "rng/torch"  # key of torch's random state, in the first file
 MANIFEST = "manifest.json"
 FILE = re.compile(r"rank-\d{5}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_MANIFEST_BYTES = 1 << 30
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class Damaged(UserError):
@@ -45,6 +48,17 @@ class Damaged(UserError):
     def __init__(self, folder: Path, file: str, why: object) -> None:
         super().__init__(f"checkpoint {folder} is damaged: {file}: {why}")
         self.short = f"checkpoint {folder.name} is damaged: {file}: {why}"
+
+
+def unreadable(folder: Path, file: str, error: OSError) -> UserError:
+    """What to raise for a file of a checkpoint that cannot be read: Damaged only when it is missing.
+
+    Everything else (an I/O error, a stale handle, no permission) may pass: the checkpoint may be good, and a run that
+    went on from an older one would in time remove it.
+    """
+    if error.errno in MISSING:
+        return Damaged(folder, file, error.strerror or error)
+    return UserError(f"cannot read {folder / file}: {error.strerror or error}; nothing was changed")
 
 
 class Part(NamedTuple):
@@ -119,7 +133,7 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder. Raises Damaged, or UserError for one of another format."""
+    """The manifest of a checkpoint folder. Raises Damaged, or UserError for another format or a failure to read."""
     path = folder / MANIFEST
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -127,13 +141,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         data = path.read_bytes()
         values = json.loads(data)
     except OSError as error:
-        raise Damaged(folder, MANIFEST, error.strerror or error) from None
+        raise unreadable(folder, MANIFEST, error) from None
     except (ValueError, RecursionError):
         raise Damaged(folder, MANIFEST, "it is not JSON") from None
     if not isinstance(values, dict):
         raise Damaged(folder, MANIFEST, "it is not a JSON object")
     if values.get("format") == OLD_FORMAT:
-        raise UserError(f"checkpoint {folder} is of the format {OLD_FORMAT}; this version reads {FORMAT} only")
+        raise UserError(
+            f"checkpoint {folder} is of the format {OLD_FORMAT}; this version reads {FORMAT} only: train anew in"
+            " another run.dir, or read it with the version that wrote it"
+        )
     try:
         digest = hashlib.sha256(_line({k: v for k, v in values.items() if k != "sha256"})).hexdigest()
         intact = values.get("sha256") == digest and data == _line(values)
@@ -151,7 +168,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def open_checkpoint(folder: Path, run_config: config.Config | None = None) -> Checkpoint:
     """Read and check the manifest, and the lengths of the files. `run_config`: that in the manifest, when it is known.
 
-    Raises Damaged, or UserError for another format and a config that this version does not know.
+    Raises Damaged, or UserError for another format, a config that this version does not know and a failure to read.
     """
     manifest = read_manifest(folder)
     try:
@@ -168,7 +185,7 @@ def open_checkpoint(folder: Path, run_config: config.Config | None = None) -> Ch
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise Damaged(folder, record.file, error.strerror or error) from None
+            raise unreadable(folder, record.file, error) from None
         if size != record.bytes:
             raise Damaged(folder, record.file, f"it has {size:,} bytes instead of {record.bytes:,}")
     run_config = run_config or config.from_dict(manifest["config"], str(folder))  # takes some 50 ms
@@ -236,24 +253,25 @@ def _shared(parts: Sequence[Part]) -> int:
     return shared
 
 
-def is_buffer(name: str) -> bool:
-    """Is this a tensor without moments?"""
-    return name.endswith(".expert_bias")
-
-
 def damaged_files(
     folder: Path,
     records: Iterable[Record],
     progress: Callable[[int], object] = lambda size: None,
     threads: int = min(4, os.cpu_count() or 1),
 ) -> list[Damaged]:
-    """Hash files of a checkpoint, some at a time; what is wrong with them. `progress` hears of the bytes."""
+    """Hash files of a checkpoint, some at a time; what is wrong with them. `progress` hears of the bytes.
+
+    Raises UserError for a failure to read.
+    """
 
     def check(record: Record) -> Damaged | None:
         try:
             found = sha256(folder / record.file, progress)
         except OSError as error:
-            return Damaged(folder, record.file, error.strerror or error)
+            trouble = unreadable(folder, record.file, error)
+            if isinstance(trouble, Damaged):
+                return trouble
+            raise trouble from None
         right = found == record.sha256
         return None if right else Damaged(folder, record.file, "its sha256 is not the one in the manifest")
 

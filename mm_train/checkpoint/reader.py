@@ -1,7 +1,7 @@
 """Reading checkpoints: any block of any tensor out of parts that any layout has stored, and going on from there."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from torch import Tensor
 from mm_train import config, inventory
 from mm_train.checkpoint.boxes import blocks, intersection, relative
 from mm_train.checkpoint.files import VectorFile
-from mm_train.checkpoint.folders import candidates, find, latest, root_of
-from mm_train.checkpoint.format import KINDS, RNG, Damaged, Part, damaged_files, is_buffer, open_checkpoint
+from mm_train.checkpoint.folders import candidates, root_of
+from mm_train.checkpoint.format import FACTS, RNG, Damaged, Part, damaged_files, open_checkpoint, unreadable
 from mm_train.cli import UserError
 from mm_train.engine import Engine
+from mm_train.inventory import KINDS, is_buffer
 from mm_train.parallel.groups import Groups
 from mm_train.sharding import Box, local_boxes, whole
 
-__all__ = ["Reader", "check_data", "find", "latest", "open_newest", "restore"]
 PIECE_BYTES = 16 << 20  # read at a time where what is stored has to be cut
 
 
@@ -53,13 +53,17 @@ class Reader:
         return self.run_config.model
 
     def verify(self, groups: Groups | None = None) -> "Reader":
-        """Hash all files; returns itself. Raises UserError for one that is damaged.
+        """Hash all files; returns itself. Raises UserError for one that is damaged or cannot be read.
 
         Collective when `groups` are given: the ranks share the work, and all of them raise.
         """
         groups = groups or Groups()
-        damaged = damaged_files(self.folder, self.records[groups.rank :: groups.world])
-        for reports in groups.gather([str(damage) for damage in damaged]):
+        found: Sequence[UserError]
+        try:
+            found = damaged_files(self.folder, self.records[groups.rank :: groups.world])
+        except UserError as error:
+            found = [error]
+        for reports in groups.gather([str(error) for error in found]):
             if reports:
                 raise UserError(reports[0])
         return self
@@ -127,8 +131,10 @@ class Reader:
             if file not in self._opened:
                 self._opened[file] = VectorFile(self.folder / file)
             self._opened[file].read_into(key, start, target.numpy().data.cast("B"))
-        except (OSError, ValueError) as error:
-            raise Damaged(self.folder, file, getattr(error, "strerror", None) or error) from None
+        except OSError as error:
+            raise unreadable(self.folder, file, error) from None
+        except ValueError as error:
+            raise Damaged(self.folder, file, error) from None
 
     def weights(self) -> dict[str, Tensor]:
         """All weights and buffers, whole."""
@@ -142,8 +148,10 @@ class Reader:
             length = next(vector.length for vector in opened.vectors() if vector.key == RNG)
         except StopIteration:
             raise Damaged(self.folder, file, f"it holds no tensor {RNG}") from None
-        except (OSError, ValueError) as error:
-            raise Damaged(self.folder, file, getattr(error, "strerror", None) or error) from None
+        except OSError as error:
+            raise unreadable(self.folder, file, error) from None
+        except ValueError as error:
+            raise Damaged(self.folder, file, error) from None
         state = torch.empty(length, dtype=torch.uint8)
         self._fill(file, RNG, 0, state)
         return state
@@ -159,9 +167,12 @@ def open_newest(run_dir: Path, groups: Groups, say: Callable[[str], object]) -> 
     """The newest checkpoint of a run of which every byte is as it was written; None when there is none. Collective.
 
     The ranks share out the hashing. Tells `say`, on the main rank, of everything that is not as it should be. Raises
-    UserError on every rank when there are checkpoints and none is good: a run never starts anew by mistake.
+    UserError on every rank when there are checkpoints and none is good (a run never starts anew by mistake), and when
+    any rank cannot read one that may be good (a run never falls behind it for an error that may pass).
     """
-    names, trouble = groups.gather(_candidates(run_dir) if groups.is_main else ([], None))[0]
+    names, trouble, refusal = groups.gather(_candidates(run_dir) if groups.is_main else None)[0]
+    if refusal:
+        raise UserError(refusal)
     if trouble and not names:
         raise UserError(f"{trouble}: remove it if training is to start anew")
     if trouble and groups.is_main:
@@ -184,20 +195,24 @@ def open_newest(run_dir: Path, groups: Groups, say: Callable[[str], object]) -> 
 
 
 def _try(folder: Path, groups: Groups) -> tuple[Reader | None, str | None, str | None]:
-    """(reader, what is damaged as far as this rank has looked, why no checkpoint of this kind can be read)."""
+    """(reader, what is damaged as far as this rank has looked, why the run cannot go on, with an older one neither)."""
     try:
         reader = Reader(folder)
+        damaged = damaged_files(folder, reader.records[groups.rank :: groups.world])
     except Damaged as damage:
         return None, damage.short, None
-    except UserError as error:  # another format, or a config that this version does not know: older ones are alike
+    except UserError as error:  # cannot be read now; or of another format or with an unknown config, as older ones are
         return None, None, str(error)
-    damaged = damaged_files(folder, reader.records[groups.rank :: groups.world])
     return reader, damaged[0].short if damaged else None, None
 
 
-def _candidates(run_dir: Path) -> tuple[list[str], str | None]:
-    folders, trouble = candidates(run_dir)
-    return [folder.name for folder in folders], trouble
+def _candidates(run_dir: Path) -> tuple[list[str], str | None, str | None]:
+    """(names of `candidates`, what is wrong with `latest`, why they cannot be found)."""
+    try:
+        folders, trouble = candidates(run_dir)
+    except UserError as error:
+        return [], None, str(error)
+    return [folder.name for folder in folders], trouble, None
 
 
 @torch.no_grad()
@@ -224,12 +239,12 @@ def _read_local(reader: Reader, name: str, box: Box, kind: str, start: int, stop
 
 
 def check_data(reader: Reader, identity: dict[str, Any], global_rows: int) -> None:
-    """Raises UserError when going on would not continue the same stream of samples; says what differs.
+    """Raises UserError when going on would not continue the same stream of samples; says what differs or is missing.
 
     `identity` is data.Loader.identity, `global_rows` the number of samples of an optimizer step.
     """
     manifest = reader.manifest
-    for key in ("data", "samples"):
+    for key in FACTS:
         if key not in manifest:
             raise UserError(f"checkpoint {reader.folder} does not say its {key}: nothing can be continued from it")
     difference = data_difference(identity, manifest["data"])
@@ -238,14 +253,15 @@ def check_data(reader: Reader, identity: dict[str, Any], global_rows: int) -> No
             f"checkpoint {reader.folder} was trained on other data: {difference}; use a new run.dir with init_from to"
             " start a new stage from its weights"
         )
-    rows = manifest.get("rows_per_step", global_rows)
-    left_out = manifest["samples"] - reader.step * global_rows  # after a rollback
-    if rows != global_rows or left_out < 0 or left_out % global_rows:
-        had = rows if rows != global_rows else f"{manifest['samples'] / max(1, reader.step):g}"
+    rows, samples = manifest["rows_per_step"], manifest["samples"]
+    if rows != global_rows:
         raise UserError(
-            f"checkpoint {reader.folder} had {had} rows a step, now {global_rows}: train.global_batch_tokens or"
+            f"checkpoint {reader.folder} had {rows} rows a step, now {global_rows}: train.global_batch_tokens or"
             " data.seq_len changed"
         )
+    left_out = samples - reader.step * rows  # after a rollback
+    if left_out < 0 or left_out % rows:
+        raise UserError(f"checkpoint {reader.folder} says that {samples} samples made {reader.step} steps of {rows}")
 
 
 def data_difference(here: dict[str, Any], there: dict[str, Any]) -> str | None:

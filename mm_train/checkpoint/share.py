@@ -9,8 +9,10 @@ from torch import Tensor
 
 from mm_train import config
 from mm_train.checkpoint.files import Vector
-from mm_train.checkpoint.format import KINDS, RNG, Part
+from mm_train.checkpoint.format import RNG, Part
+from mm_train.cli import UserError
 from mm_train.engine import Engine
+from mm_train.inventory import KINDS
 from mm_train.parallel.groups import Groups
 from mm_train.sharding import local_boxes, whole
 
@@ -93,7 +95,7 @@ class Staging:
         return [as_bytes(t) for t in filled] + [as_bytes(t) for t in tensors if t.dtype != torch.float32]
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
-        """Take memory for a copy of `tensors`, unless there is enough."""
+        """Take memory for a copy of `tensors`, unless there is enough. Raises UserError when there is too little."""
         size = sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.float32)
         if sum(segment.numel() for segment in self._segments) >= size:
             return
@@ -101,7 +103,14 @@ class Staging:
         pinned = any(tensor.is_cuda for tensor in tensors)
         for start in range(0, size, SEGMENT):
             length = min(SEGMENT, size - start)
-            self._segments.append(torch.empty(length, dtype=torch.float32, pin_memory=pinned).zero_())
+            try:
+                self._segments.append(torch.empty(length, dtype=torch.float32, pin_memory=pinned).zero_())
+            except (RuntimeError, MemoryError):
+                self._segments = []
+                raise UserError(
+                    f"no memory for the copy that checkpoints are written from: {in_words(4 * size)} in this"
+                    " process; checkpoint.asynchronous=false does without it"
+                ) from None
 
 
 def _pieces(tensor: Tensor, position: int) -> Iterator[Tensor]:
@@ -115,3 +124,8 @@ def _pieces(tensor: Tensor, position: int) -> Iterator[Tensor]:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a vector, on the CPU."""
     return tensor.detach().cpu().numpy().data.cast("B") if tensor.numel() else memoryview(b"")
+
+
+def in_words(size: int) -> str:
+    """Bytes, for people."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from mm_train import inventory
 from mm_train.checkpoint.folders import candidates, complete, find, step_of
-from mm_train.checkpoint.format import Checkpoint, Damaged, damaged_files, is_buffer, open_checkpoint
+from mm_train.checkpoint.format import Checkpoint, Damaged, damaged_files, open_checkpoint
 from mm_train.cli import UserError
+from mm_train.inventory import is_buffer
 
 
 def inspect(path: Path, with_tensors: bool) -> dict[str, Any]:
@@ -116,8 +117,8 @@ def verify(path: Path) -> Iterator[tuple[bool, str]]:
     for folder in folders:
         try:
             found = open_checkpoint(folder)
-        except Damaged as damage:
-            yield False, f"DAMAGED  {damage}"
+        except UserError as error:
+            yield False, _refused(error)
             continue
         begun = time.perf_counter()
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
@@ -127,8 +128,15 @@ def verify(path: Path) -> Iterator[tuple[bool, str]]:
                 with lock:
                     bar.update(size)
 
-            damaged = damaged_files(folder, found.records, progress)
+            try:
+                refused: Sequence[UserError] = damaged_files(folder, found.records, progress)
+            except UserError as error:
+                refused = [error]
         speed = found.bytes / 1e6 / max(1e-9, time.perf_counter() - begun)
-        yield from ((False, f"DAMAGED  {trouble}") for trouble in damaged)
-        if not damaged:
+        yield from ((False, _refused(error)) for error in refused)
+        if not refused:
             yield True, f"ok       {folder}: {len(found.records)} files, {found.bytes:,} bytes, {speed:,.0f} MB/s"
+
+
+def _refused(error: UserError) -> str:
+    return f"{'DAMAGED' if isinstance(error, Damaged) else 'refused'}  {error}"

@@ -1,8 +1,9 @@
 """Writing checkpoints while training goes on: each rank its own file, rank 0 what holds them together.
 
-A rank copies what it answers for, and a thread writes it to `step-N.partial/rank-R.safetensors`, with a sidecar
-rank-R.json once it is on the disk, or has failed. Rank 0's thread waits for the sidecars, makes the manifest of them
-and publishes the folder. There are collectives in `save`, none in the threads.
+A rank's thread copies what the rank answers for, while the next step computes its gradients, and writes it to
+`step-N.partial/rank-R.safetensors`, with a sidecar rank-R.json once it is on the disk, or has failed. Rank 0's thread
+waits for the sidecars, makes the manifest of them and publishes the folder. There are collectives in `save`, none in
+the threads.
 """
 
 import contextlib
@@ -11,23 +12,26 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from mm_train import config
 from mm_train.checkpoint import files
 from mm_train.checkpoint.folders import partial_of, prune, publish, root_of, sweep
-from mm_train.checkpoint.format import FORMAT, KINDS, Part, open_checkpoint, write_manifest
-from mm_train.checkpoint.share import Staging, as_bytes, share_of
+from mm_train.checkpoint.format import FORMAT, Part, open_checkpoint, write_manifest
+from mm_train.checkpoint.share import Staging, as_bytes, in_words, share_of
 from mm_train.cli import UserError
 from mm_train.engine import Engine
 from mm_train.files import sync, write_atomic
-from mm_train.parallel.groups import Groups
+from mm_train.inventory import KINDS
+from mm_train.parallel.groups import Groups, uses_deepspeed
 
-SIDECARS_SECONDS = 30 * 60  # that rank 0 waits for the files of the others
+SIDECARS_SECONDS = 30 * 60  # that rank 0 waits for the files of the others, at most
 AFTER_FAILURE_SECONDS = 60  # likewise, when the checkpoint is lost anyway: then only to tidy up behind them
 SPARE_BYTES = 16 << 20  # beside the tensors: headers, manifest, sidecars
 
@@ -46,7 +50,8 @@ class Job(NamedTuple):
 
     step: int
     vectors: list[files.Vector]  # of the file
-    buffers: Iterable[memoryview]
+    tensors: Sequence[Tensor]  # that are still to be copied
+    buffers: Iterable[memoryview]  # to be written, when there are none to be copied
     parts: list[Part]
     manifest: dict[str, Any]  # all but the files
     begun: float
@@ -55,19 +60,26 @@ class Job(NamedTuple):
 class Writer:
     """Saves the checkpoints of a run. One for each process and run: it keeps the memory for the copy.
 
-    `timeout` is for how many seconds rank 0 waits for the files of other ranks.
+    `timeout` is for how many seconds rank 0 waits for the files of other ranks; it gives up before the watchdog, which
+    knows only that something hangs.
     """
 
-    def __init__(self, run_dir: Path, groups: Groups, cfg: config.Config, timeout: float = SIDECARS_SECONDS) -> None:
-        self.run_dir, self.groups, self.cfg, self.timeout = run_dir, groups, cfg, timeout
+    def __init__(self, run_dir: Path, groups: Groups, cfg: config.Config) -> None:
+        self.run_dir, self.groups, self.cfg = run_dir, groups, cfg
+        self.timeout = min(cfg.faults.hang_seconds / 2 or SIDECARS_SECONDS, SIDECARS_SECONDS)
         self._staging = Staging()
+        self._copied = threading.Event()  # training may change its tensors
+        self._copied.set()
         self._thread: threading.Thread | None = None
         self._outcome: Written | BaseException | None = None  # of the thread, read when it has ended
         self._finished: list[Written] = []
         self._failure: BaseException | None = None
 
     def reserve(self, engine: Engine) -> None:
-        """Take the memory for the copy now; otherwise the first `save` does, and takes as much longer."""
+        """Take the memory for the copy now: where there is too little, a run should not learn it hours later.
+
+        Raises UserError then.
+        """
         if self.cfg.checkpoint.asynchronous:
             self._staging.reserve(share_of(engine, self.cfg.model, self.groups).tensors)
 
@@ -75,7 +87,8 @@ class Writer:
         """Write a checkpoint of `step`; returns for how many seconds the training loop stood still. Collective.
 
         `facts` are stored beside the step: samples, rows_per_step, data, ... With checkpoint.asynchronous the copy is
-        complete when this returns, and `poll` tells when it is written. Otherwise it is published.
+        complete after `settle`, which has to be called before anything changes the engine's weights, moments or
+        buffers, and `poll` tells when it is written. Otherwise it is published when this returns.
 
         Raises UserError, on every rank, when the disk has too little room, or when a write before failed on any of
         them; what was published before is then untouched.
@@ -85,9 +98,20 @@ class Writer:
         share = share_of(engine, self.cfg.model, self.groups)
         self._prepare(step, share.bytes)
         asynchronous = self.cfg.checkpoint.asynchronous
-        buffers = self._staging.copy(share.tensors) if asynchronous else map(as_bytes, share.tensors)
-        job = Job(step, share.vectors, buffers, share.parts, self._manifest(step, facts), begun)
+        later: Sequence[Tensor] = []
+        buffers: Iterable[memoryview] = []
+        if not asynchronous:
+            buffers = map(as_bytes, share.tensors)
+        elif any(tensor.is_cuda for tensor in share.tensors):
+            # At once: it takes little time by way of pinned memory, and a thread would need a stream of its own that
+            # waits for the step before, and that the step after waits for.
+            buffers = self._staging.copy(share.tensors)
+        else:
+            later = share.tensors
+        job = Job(step, share.vectors, later, buffers, share.parts, self._manifest(step, facts), begun)
         if asynchronous:
+            if later:
+                self._copied.clear()
             # Nobody waits for it at exit: a process that fails should end, and half a checkpoint does no harm.
             self._thread = threading.Thread(target=self._work, args=(job,), name=f"checkpoint-{step}", daemon=True)
             self._thread.start()
@@ -95,6 +119,15 @@ class Writer:
             self._work(job)
             self._collect()
             self._agree()
+        return time.perf_counter() - begun
+
+    def settle(self) -> float:
+        """Wait until the last `save` no longer needs the engine's tensors; returns for how many seconds.
+
+        An error of the copy shows in `poll`, `wait` or the next `save`, as those of the write do.
+        """
+        begun = time.perf_counter()
+        self._copied.wait()
         return time.perf_counter() - begun
 
     def poll(self) -> list[Written]:
@@ -151,8 +184,8 @@ class Writer:
                 free = shutil.disk_usage(root_of(self.run_dir)).free
                 if free < needed:
                     trouble = (
-                        f"cannot write checkpoint {partial}: it needs {needed / 2**30:.2f} GiB, and"
-                        f" {free / 2**30:.2f} GiB of the disk are free; remove something or lower checkpoint.keep"
+                        f"cannot write checkpoint {partial}: it needs {in_words(needed)}, and {in_words(free)} of the"
+                        f" disk are free; remove something or lower checkpoint.keep"
                         f" ({self.cfg.checkpoint.keep}); the checkpoints before are untouched"
                     )
                 else:
@@ -162,12 +195,14 @@ class Writer:
         self._agree(trouble)
 
     def _manifest(self, step: int, facts: dict[str, Any]) -> dict[str, Any]:
-        place = self.groups.place
+        place, parallel = self.groups.place, self.cfg.parallel
+        deepspeed = uses_deepspeed(parallel, self.groups.world)
         layout = {
             "world": self.groups.world,
+            "engine": "deepspeed" if deepspeed else "plain",
             "expert_parallel": place.ep_size,
             "tensor_parallel": place.tp_size,
-            "zero_stage": self.cfg.parallel.zero_stage,
+            "zero_stage": parallel.zero_stage if deepspeed else 0,
         }
         written = datetime.now(UTC).isoformat(timespec="seconds")
         values = {"format": FORMAT, "step": step, "written": written, "layout": layout, "kinds": KINDS}
@@ -177,6 +212,11 @@ class Writer:
 
     def _work(self, job: Job) -> None:
         try:
+            if job.tensors:
+                try:
+                    job = job._replace(tensors=[], buffers=self._staging.copy(job.tensors))
+                finally:
+                    self._copied.set()
             self._outcome = self._write(job)
         except BaseException as error:
             self._outcome = error
@@ -227,7 +267,7 @@ class Writer:
         the others even so: the folder is theirs as well until they have finished.
         """
         now = time.monotonic()
-        deadline, pause = now + (AFTER_FAILURE_SECONDS if failure else self.timeout), 0.01
+        deadline, pause = now + (min(AFTER_FAILURE_SECONDS, self.timeout) if failure else self.timeout), 0.01
         missing = set(range(1 if failure else 0, self.groups.world))
         reports: dict[int, dict[str, Any]] = {}
         while True:

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from mm_train import config
 from mm_train.cli import UserError
+from mm_train.rules import check_world
 from mm_train.sharding import ALONE, Place
 
-LONGER_SECONDS = (
-    600.0  # that a collective may wait beyond faults.hang_seconds: the watchdog, which says more, comes first
-)
+LONGER_SECONDS = 600.0  # beyond faults.hang_seconds that a collective waits: the watchdog says more
 
 
 @dataclass
@@ -100,6 +99,8 @@ def init_groups(parallel: config.Parallel, hang_seconds: float = 0) -> Groups:
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     groups = form_groups(parallel, rank, world, device)
+    if groups.mpu is None:
+        importlib.import_module("deepspeed.utils.groups")._clone_world_group()  # ZeRO's, otherwise made later
     timeout = datetime.timedelta(seconds=hang_seconds + LONGER_SECONDS) if hang_seconds else datetime.timedelta(days=30)
     for group in dist.distributed_c10d._world.pg_map:  # all there are: deepspeed and megatron make their own
         dist.distributed_c10d._set_pg_timeout(timeout, group)
@@ -143,22 +144,11 @@ class _Mpu:
         return getattr(self._state, name)
 
 
-def check_world(parallel: config.Parallel, world: int) -> None:
-    """Raise UserError when `world` processes cannot take the layout."""
-    tp, ep = parallel.tensor_parallel, parallel.expert_parallel
-    if world > 1 and parallel.engine == "plain":
-        raise UserError(f"parallel.engine=plain runs on one process; there are {world}: use deepspeed or auto")
-    if world % tp:
-        raise UserError(f"parallel.tensor_parallel ({tp}) must divide the number of processes ({world})")
-    if world // tp % ep:
-        shared = f" / tensor_parallel ({tp})" if tp > 1 else ""
-        raise UserError(f"parallel.expert_parallel ({ep}) must divide the number of processes ({world}){shared}")
-
-
 def lost_contact(error: RuntimeError) -> bool:
     """Did a collective fail because another rank is gone, rather than for a fault of its own?"""
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text
+    return isinstance(error, dist.DistError) or any(
+        sign in str(error) for sign in ("gloo/", "Connection closed by peer")
+    )
 
 
 def uses_deepspeed(parallel: config.Parallel, world: int) -> bool:

@@ -94,14 +94,16 @@ def _classes(tp_size: int) -> dict[str, Any]:
         def cross_entropy_sum(self, hidden_ND: Tensor, table_VD: Tensor, labels_N: Tensor) -> Tensor:
             """Chunk by chunk, each computed again in the backward pass: never all logits at once."""
             hidden_ND = mappings.copy_to_tensor_model_parallel_region(hidden_ND)
-            narrow_VD = table_VD.to(hidden_ND.dtype)
             total = hidden_ND.new_zeros((), dtype=table_VD.dtype)
             for hidden, labels in zip(hidden_ND.split(CHUNK_ROWS), labels_N.split(CHUNK_ROWS), strict=True):
-                total = total + checkpoint(_chunk_sum, hidden, narrow_VD, labels, use_reentrant=False)
+                total = total + checkpoint(
+                    _chunk_sum, hidden, table_VD, labels, use_reentrant=False, preserve_rng_state=False
+                )
             return total
 
-    def _chunk_sum(hidden: Tensor, narrow_VD: Tensor, labels: Tensor) -> Tensor:
-        losses = vocab_parallel_cross_entropy((hidden @ narrow_VD.T).float(), labels)
+    def _chunk_sum(hidden: Tensor, table_VD: Tensor, labels: Tensor) -> Tensor:
+        # Cast anew for every chunk, or the gradients of all chunks would be added up in 16 bits.
+        losses = vocab_parallel_cross_entropy((hidden @ table_VD.to(hidden.dtype).T).float(), labels)
         return (losses * (labels != IGNORE)).sum()
 
     class TensorParallelAttention(Attention):

@@ -12,6 +12,7 @@ import pytest
 
 from launch.local import STOPPED
 from mm_train import config, stopping
+from mm_train.fault_run import alive
 from mm_train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,12 @@ class Launched:
 
     def end(self, timeout: float = 30) -> tuple[int, str, str]:
         """(exit status, stdout, stderr) when it has ended, which no rank may outlive."""
-        output, errors = self.process.communicate(timeout=timeout)
+        try:
+            output, errors = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # and the kernel the ranks
+            self.process.communicate()
+            raise
         assert gone(self.pids.values()), "a rank is left"
         return self.process.returncode, output, errors
 
@@ -62,13 +68,6 @@ def gone(pids, seconds: float = 5) -> bool:
             return False
         time.sleep(0.01)
     return True
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def local(*args: str) -> subprocess.CompletedProcess:
@@ -90,8 +89,8 @@ def test_ranks_know_their_place():
 
 
 def test_the_first_failure_ends_the_others_and_is_the_exit_status():
-    code = "on(signal.SIGTERM, lambda: leave(9))\nif rank == 1: time.sleep(0.5); leave(7)\n" + WAIT
-    launched = Launched(code, 3, up=False)
+    launched = Launched("on(signal.SIGTERM, lambda: leave(9))\non(signal.SIGUSR2, lambda: leave(7))\n" + WAIT, 3)
+    os.kill(launched.pids[1], signal.SIGUSR2)
     status, output, errors = launched.end()
     assert (status, errors) == (7, "")
     assert "rank 0 SIGTERM" in output
@@ -140,7 +139,7 @@ def test_a_failure_while_stopping_is_the_exit_status():
 def test_ctrl_c_in_a_terminal_reaches_every_rank_once():
     """A terminal sends SIGINT to the whole process group."""
     code = "on(signal.SIGINT, lambda: (time.sleep(0.5), leave(130)))\n" + WAIT
-    launched = Launched(code, 2, start_new_session=True)
+    launched = Launched(code, 2, more="local.CTRL_C_SECONDS = 30", start_new_session=True)
     os.killpg(launched.process.pid, signal.SIGINT)
     status, output, _ = launched.end()
     assert status == 130
@@ -156,11 +155,11 @@ def test_an_interrupt_of_the_launcher_alone_is_passed_on():
 
 def test_a_second_ctrl_c_does_not_wait():
     code = "on(signal.SIGINT, lambda: None)\n" + WAIT
-    launched = Launched(code, 2, start_new_session=True)
+    launched = Launched(code, 2, more="local.CTRL_C_SECONDS = 60", start_new_session=True)
     os.killpg(launched.process.pid, signal.SIGINT)
-    time.sleep(0.3)
+    time.sleep(0.5)
     os.killpg(launched.process.pid, signal.SIGINT)
-    assert launched.end(timeout=5)[0] == 130
+    assert launched.end()[0] == 130
 
 
 def test_ranks_die_with_a_launcher_that_is_killed():
@@ -198,19 +197,22 @@ def test_two_processes_train_together(small_config, tmp_path):
 def test_two_processes_stop_together_and_the_same_command_continues(small_config, tmp_path):
     """SIGTERM in the middle: both ranks save the same step, and nothing is done twice."""
     small_config.parallel.expert_parallel = 2
-    small_config.checkpoint.every = 100
+    small_config.checkpoint.every = 1000
+    small_config.train.tokens = (steps := 100) * 512  # enough for a signal that takes its time
     config.save(small_config, tmp_path / "cfg.yaml")
     command = [ROOT / "launch/local.sh", "2", tmp_path / "cfg.yaml"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if re.search(r"step +3/12", line):
-            process.terminate()
-            break
-    rest, errors = process.communicate()
+    try:
+        next(line for line in process.stdout if re.search(rf"step +3/{steps}", line))
+        process.terminate()
+        rest, errors = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == STOPPED, errors[-2000:]
     step = int(re.search(r"stopped after step (\d+): SIGTERM", rest).group(1))
-    assert 3 <= step < 12
+    assert 3 <= step < steps
     done = local("2", str(tmp_path / "cfg.yaml"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"resuming after step {step} " in done.stdout
-    assert [record["step"] for record in read_metrics(small_config.run.dir)["train"]] == list(range(1, 13))
+    assert [record["step"] for record in read_metrics(small_config.run.dir)["train"]] == list(range(1, steps + 1))

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 
 from mm_train.alerts import Alerts, History, alerts_of
@@ -26,15 +24,12 @@ def test_a_young_run_raises_nothing():
         assert alerts_of({"loss": 8.1, "tokens_per_second": 1000.0}, history_of(*FALLING[:length])) == {}
 
 
-@pytest.mark.parametrize(
-    ("values", "kind", "text"),
-    [
-        ({"loss": math.nan}, "divergence", "the loss is nan"),
-        ({"loss": 4.0, "grad_norm": math.inf}, "divergence", "the gradient norm is inf"),
-    ],
-)
-def test_trouble_of_one_interval(values, kind, text):
-    assert alerts_of(values, history_of(*FALLING)) == {kind: text}
+def test_intervals_of_skipped_steps_are_no_stall_and_no_loss():
+    """What statistics.Interval says of them; anomalies judges such steps."""
+    skipped = {"loss": None, "tokens_per_second": 0.0, "grad_norm": None}
+    history = history_of(*FALLING, *[skipped] * 10)
+    assert alerts_of(skipped, history) == {}
+    assert alerts_of(FALLING[-1], history) == {}
 
 
 def test_slow_intervals_are_a_stall_when_they_last():
@@ -90,3 +85,21 @@ def test_an_alert_is_told_once_until_it_is_over(tmp_path):
         (8, "throughput falls", "warn"),
         (13, "throughput falls", "warn"),
     ]
+
+
+class Told:
+    """Takes alerts as Metrics does."""
+
+    def __init__(self) -> None:
+        self.alerts: list[tuple[int, str]] = []
+
+    def alert(self, step: int, title: str, text: str, level: str = "warn") -> None:
+        self.alerts.append((step, title))
+
+
+def test_idle_experts_are_no_news_while_the_router_warms_up():
+    told = Told()
+    alerts = Alerts(told, quiet_until=20)
+    for step in range(0, 50, 2):
+        alerts.look(step, {"loss": 4.0, "expert_load": [[1.0, 0.0]]})
+    assert told.alerts == [(26, "dead experts")]  # the third interval after step 20

@@ -29,9 +29,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def cfg_file(small_config, tmp_path) -> Path:
-    """A run of 24 steps with a checkpoint every 2."""
-    small_config.train.tokens = 24 * 512
-    small_config.data.validation = []
+    """A run of 40 steps with a checkpoint every 2 and two validations."""
+    small_config.train.tokens = 40 * 512
+    small_config.train.validate_every = 25
+    small_config.train.validation_tokens = 512
     small_config.checkpoint.every = 2
     small_config.run.dir = ""
     config.save(small_config, tmp_path / "cfg.yaml")
@@ -45,12 +46,14 @@ def break_it(tmp_path: Path, *args: object) -> tuple[int, dict]:
 
 
 def test_one_process_killed_four_times_and_stopped_once(cfg_file, tmp_path, capsys):
-    status, outcome = break_it(tmp_path, cfg_file, "--kills", 4, "--stops", 1, "--during-writes", 0.5)
+    """With this seed the last blow is at step 18 of 40: the run has not ended before, however slow who strikes is."""
+    args = ("--kills", 4, "--stops", 1, "--during-writes", 0.5, "--seed", 1)
+    status, outcome = break_it(tmp_path, cfg_file, *args)
     output = capsys.readouterr().out
     assert status == 0, output
     assert [blow["status"] for blow in outcome["blows"] if blow["kind"] != "stop"] == [137] * 4
     assert outcome["starts"] == 6
-    assert outcome["steps_done"] >= 24
+    assert outcome["steps_done"] >= 40
     assert "bit for bit" in output
 
 
@@ -111,8 +114,13 @@ def test_one_process_has_no_launcher(small_config):
         (["--during-writes", "30"], "--during-writes is 30.0; it is a share, from 0 to 1"),
         (["--hangs", "1"], "--hangs needs --ranks 2 or more"),
         (["train.tokens=1024", "optim.warmup_steps=1"], "the run has 2 steps and a checkpoint every 2"),
-        (["checkpoint.every=38"], "the run has 24 steps and a checkpoint every 38"),
+        (["checkpoint.every=38"], "the run has 40 steps and a checkpoint every 38"),
         (["optim.lrr=1"], "unknown key optim.lrr"),
+        (
+            ["--ranks", "2", "parallel.expert_parallel=4"],
+            "parallel.expert_parallel (4) must divide the number of processes (2)",
+        ),
+        (["--ranks", "3"], "train.global_batch_tokens (512) must be a multiple of"),
     ],
 )
 def test_what_cannot_work_is_one_line(cfg_file, tmp_path, capsys, args, message):
@@ -198,20 +206,41 @@ def logs(tmp_path: Path, lines: str) -> tuple[Path, Path]:
     ("lines", "problems"),
     [
         (record(step=1, seconds=9.0) + record(step=1) + record(step=2, loss=1.5), []),
-        (record(step=1), ["1 steps are missing in the log, the first is 2"]),
+        (record(step=1), ["1 records are missing in the log, the first is train, step 2"]),
         (
             record(step=1) + record(step=2, loss=math.nextafter(1.5, 2)) + record(step=2, loss=1.5),  # mended: too late
-            ["step 2: loss differ: 1.5000000000000002 instead of 1.5"],
+            ["train, step 2: loss differ: 1.5000000000000002 instead of 1.5"],
         ),
-        (record(step=1, lr=0.2) + record(step=2, loss=1.5), ["step 1: lr differ: 0.2 instead of 0.1"]),
+        (record(step=1, lr=0.2) + record(step=2, loss=1.5), ["train, step 1: lr differ: 0.2 instead of 0.1"]),
+        (
+            record(step=1, new=[1]) + record(step=2, loss=1.5),  # keys that nobody has thought of yet
+            ["train, step 1: new differ: [1] instead of None"],
+        ),
         (
             record(step=1) + record(step=2, loss=1.5) + record(step=3),
-            ["step 3: loss, lr differ: 2.0 instead of None"],
+            ["train, step 3: not in the log of the undisturbed run"],
+        ),
+        (
+            record(step=1) + record(step=2, loss=1.5) + record(kind="skipped", step=2),
+            ["skipped, step 2: not in the log of the undisturbed run"],
         ),
     ],
 )
 def test_logs_are_compared_to_the_last_bit(tmp_path, lines, problems):
     assert compare_logs(*logs(tmp_path, lines)) == problems
+
+
+def test_validations_are_compared_by_source_and_a_rollbacks_steps_with_both(tmp_path):
+    held_out = [record(kind="validation", step=0, source=s, loss=9.0) for s in ("code", "chat")]
+    twice = record(step=1, loss=2.5) + record(step=2, loss=9.5)  # before the rollback; the data was other data
+    reference, broken = logs(tmp_path, "".join(held_out) + twice + record(step=1) + record(step=2, loss=1.5))
+    (reference / "metrics.jsonl").write_text((broken / "metrics.jsonl").read_text())
+    assert compare_logs(reference, broken) == []
+    (broken / "metrics.jsonl").write_text(record(kind="validation", step=0, source="chat", loss=9.5) + twice)
+    assert compare_logs(reference, broken) == [
+        "validation of chat, step 0: loss differ: 9.5 instead of 9.0",
+        "1 records are missing in the log, the first is validation of code, step 0",
+    ]
 
 
 def test_many_differences_are_told_in_short(tmp_path):

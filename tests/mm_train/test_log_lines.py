@@ -2,7 +2,23 @@ import math
 
 import pytest
 
-from mm_train.log_lines import clock, load_factors, load_spread, short, train_line
+from mm_train.log_lines import clock, load_factors, load_spread, run_line, short, train_line
+
+
+@pytest.mark.parametrize(
+    ("layout", "shown"),
+    [
+        ({}, "9 steps of 8.19k tokens"),
+        ({"world": 1, "zero_stage": 1, "micro_steps": 1}, "1 rank(s), expert parallel 1, 9 steps of 8.19k tokens"),
+        (
+            {"world": 8, "expert_parallel": 2, "tensor_parallel": 2, "zero_stage": 0, "micro_steps": 4},
+            "8 rank(s), expert parallel 2, tensor parallel 2, ZeRO 0, 9 steps of 8.19k tokens in 4 micro-steps",
+        ),
+    ],
+)
+def test_the_opening_line_has_the_layout_as_far_as_there_is_one(layout, shown):
+    facts = {"stage": "sft", "model": "tiny", "total_steps": 9, "global_batch_tokens": 8192}
+    assert run_line(facts | layout) == f"sft: model tiny, {shown}"
 
 
 def test_a_line_says_nan_and_leaves_out_what_was_not_measured():

@@ -80,6 +80,21 @@ def test_a_run_that_ends_early_leaves_what_there_is(tmp_path):
     assert said == ["warning: no profile: the run ended before step 30 (profile.steps 30-60)"]
 
 
+def test_steps_beyond_the_run_are_told_at_the_start(tmp_path):
+    said: list[str] = []
+    run(Profiler("3-6", tmp_path, 0, CPU, said.append, total_steps=2), 1, 2)
+    assert said == ["warning: no profile: the run ends at step 2 (profile.steps 3-6)"]
+    assert list(tmp_path.iterdir()) == []
+    said.clear()
+    run(Profiler("3-6", tmp_path, 0, CPU, said.append, total_steps=4), 1, 4)
+    assert said[0] == "warning: the profile will be shorter: the run ends at step 4 (profile.steps 3-6)"
+    assert said[1].startswith("profile of 2 step(s)")
+    said.clear()
+    for rank, steps in ((1, "3-6"), (0, "3-4"), (0, "")):
+        Profiler(steps, tmp_path, rank, CPU, said.append, total_steps=4)
+    assert said == []
+
+
 def test_a_run_that_fails_within_a_step_still_leaves_a_profile(tmp_path):
     said: list[str] = []
     profiler = Profiler("1-5", tmp_path, 0, CPU, said.append)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mm_train import config, inventory
-from mm_train.checkpoint.format import KINDS, is_buffer
+from mm_train.anomalies import Anomalies
 from mm_train.engine import Fragment
+from mm_train.inventory import KINDS, is_buffer
 from mm_train.parallel.groups import Groups
 from mm_train.sharding import Place, local_box, local_boxes
 
@@ -18,8 +19,7 @@ FACTS = {
     "samples": 24,
     "rows_per_step": 8,
     "data": {"seed": 0, "seq_len": 64, "sources": {"code": {"samples_in_1000": 1000, "shards": "a" * 64}}},
-    "skipped_steps": 0,
-    "rollbacks": 0,
+    "anomalies": Anomalies(config.Faults()).state(),
 }
 # A network with a tensor of every kind, as small as it gets.
 LEAST = config.Model(

@@ -13,9 +13,9 @@ import torch
 
 from mm_train import config
 from mm_train.checkpoint.folders import complete
-from mm_train.checkpoint.format import KINDS
 from mm_train.checkpoint.reader import open_newest
 from mm_train.checkpoint.writer import Writer
+from mm_train.inventory import KINDS
 from tests.mm_train.checkpoint.layouts import FACTS, LEAST, engines, random_state, world
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")

@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 
 from mm_train import config
 from mm_train.checkpoint.__main__ import main
+from mm_train.checkpoint.bench import bench_text
 from mm_train.checkpoint.folders import latest
-from mm_train.checkpoint.format import KINDS, open_checkpoint
+from mm_train.checkpoint.format import open_checkpoint
 from mm_train.checkpoint.reader import Reader, open_newest, restore
 from mm_train.checkpoint.writer import Writer
 from mm_train.cli import UserError
 from mm_train.engine import PlainEngine
+from mm_train.inventory import KINDS
 from mm_train.model import MobileMoE
 from mm_train.model_folder import find_tokenizer, load_model
 from mm_train.parallel.groups import Groups
@@ -37,7 +39,7 @@ def test_inspect_says_what_people_want_to_know(sharded, run, capsys):
     text = capsys.readouterr().out
     for part in (
         "step     20\n",
-        "by       4 processes: expert_parallel 2, tensor_parallel 2, zero_stage 1",
+        "by       4 processes: engine deepspeed, expert_parallel 2, tensor_parallel 2, zero_stage 1",
         "data     24 samples, 8 a step; in 1000: code 1000",
         "model    small, 181,584 parameters",
         "stage pretrain",
@@ -68,7 +70,8 @@ def test_inspect_for_programs(sharded, capsys):
     assert main(["inspect", str(run), "--tensors", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["step"], facts["samples"], facts["model"]) == (20, 24, "small")
-    assert facts["layout"] == {"world": 4, "expert_parallel": 2, "tensor_parallel": 2, "zero_stage": 1}
+    layout = {"world": 4, "engine": "deepspeed", "expert_parallel": 2, "tensor_parallel": 2, "zero_stage": 1}
+    assert facts["layout"] == layout
     assert facts["bytes"] == sum(file["bytes"] for file in facts["files"])
     assert [row["name"] for row in facts["tensors"]] == list(state["weight"])
     assert facts["checkpoints"][0]["folder"] == "step-00000020"
@@ -166,15 +169,16 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
 
 def test_bench_compares_the_two_ways(small_config, tmp_path, capsys):
     config.save(small_config, tmp_path / "cfg.yaml")
-    words = ["bench", str(tmp_path / "cfg.yaml"), "--repeats", "2", "--folder", str(tmp_path)]
-    assert main(words) == 0
-    text = capsys.readouterr().out
-    assert "small: 181,568 parameters, checkpoint of" in text
-    assert "training stands still" in text
-    assert "% of the time of writing at once" in text
+    words = ["bench", str(tmp_path / "cfg.yaml"), "--repeats", "1", "--folder", str(tmp_path)]
     assert main([*words, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert facts["stalled_seconds"] == pytest.approx(facts["saving_seconds"] + facts["settling_seconds"])
     assert facts["ratio"] == pytest.approx(facts["stalled_seconds"] / facts["synchronous_seconds"])
+    text = bench_text(facts)
+    assert f"small: 181,568 parameters, checkpoint of {facts['bytes']:,} bytes" in text
+    assert "forward and backward of 2 x 64 tokens" in text
+    assert "training stands still" in text
+    assert f"that is {facts['ratio']:.1%} of the time of writing at once" in text
     assert sorted(os.listdir(tmp_path)) == ["cfg.yaml"]
 
 

@@ -12,11 +12,11 @@ from mm_train import config
 from mm_train.checkpoint import reader as reader_module
 from mm_train.checkpoint.files import VectorFile
 from mm_train.checkpoint.folders import latest
-from mm_train.checkpoint.format import KINDS, is_buffer
 from mm_train.checkpoint.reader import Reader, check_data, open_newest, restore
 from mm_train.checkpoint.writer import Writer
 from mm_train.cli import UserError
 from mm_train.engine import PlainEngine
+from mm_train.inventory import KINDS, is_buffer
 from mm_train.model import MobileMoE
 from mm_train.parallel.groups import Groups
 from mm_train.sharding import Box, local_boxes
@@ -71,7 +71,7 @@ def test_every_layout_is_restored_from_every_other(stored, source):
             assert engine.step == 5
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_parts_cut_anywhere_make_any_block(tmp_path_factory, data):
     ep, tp = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([1, 2]))
@@ -225,25 +225,33 @@ def test_other_data_are_refused_with_the_difference_named(run, changes, problem)
 
 
 @pytest.mark.parametrize(
-    ("stored_facts", "rows", "problem"),
+    ("samples", "rows", "problem"),
     [
-        ({"samples": 5 * 8}, 8, None),
-        ({"samples": 5 * 8 + 3 * 8}, 8, None),  # three steps' data were left out after a rollback
-        ({"samples": 5 * 8, "rows_per_step": 8}, 4, "had 8 rows a step, now 4"),
-        ({"samples": 5 * 8}, 16, "had 8 rows a step, now 16"),
-        ({"samples": 5 * 8 + 3}, 8, "had 8.6 rows a step, now 8"),
-        ({}, 8, "does not say its samples"),
+        (5 * 8, 8, None),
+        (5 * 8 + 3 * 8, 8, None),  # three steps' data were left out after a rollback
+        (5 * 8, 4, "had 8 rows a step, now 4"),
+        (5 * 8 + 3, 8, "says that 43 samples made 5 steps of 8"),
+        (4 * 8, 8, "says that 32 samples made 5 steps of 8"),
     ],
 )
-def test_the_rows_of_a_step_have_to_be_the_same(tmp_path, stored_facts, rows, problem):
+def test_the_rows_of_a_step_have_to_be_the_same(tmp_path, samples, rows, problem):
     groups = world()
     ranks = engines(LEAST, random_state(LEAST), groups)
-    reader = Reader(write(tmp_path, groups, ranks, {"data": identity()} | stored_facts))
+    reader = Reader(write(tmp_path, groups, ranks, FACTS | {"samples": samples}))
     if problem is None:
         check_data(reader, identity(), rows)
     else:
         with pytest.raises(UserError, match=problem):
             check_data(reader, identity(), rows)
+
+
+@pytest.mark.parametrize("key", FACTS)
+def test_what_a_run_cannot_go_on_without_is_named(tmp_path, key):
+    groups = world()
+    ranks = engines(LEAST, random_state(LEAST), groups)
+    facts = {name: value for name, value in FACTS.items() if name != key}
+    with pytest.raises(UserError, match=f"does not say its {key}: nothing can be continued from it"):
+        check_data(Reader(write(tmp_path, groups, ranks, facts)), identity(), 8)
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
@@ -289,4 +297,6 @@ def test_an_old_checkpoint_is_refused_and_not_passed_over(run):
     groups = [ThreadGroups()]
     (result,) = together(groups, lambda rank: open_newest(run, groups[rank], print))
     assert isinstance(result, UserError)
-    assert "is of the format mobilemoe-checkpoint-1; this version reads mobilemoe-checkpoint-2 only" in str(result)
+    assert "is of the format mobilemoe-checkpoint-1; this version reads mobilemoe-checkpoint-2 only: train anew" in str(
+        result
+    )

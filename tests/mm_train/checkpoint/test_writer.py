@@ -15,6 +15,7 @@ import torch
 from mm_train.checkpoint import files, writer
 from mm_train.checkpoint.folders import latest
 from mm_train.checkpoint.reader import Reader
+from mm_train.checkpoint.share import Staging
 from mm_train.checkpoint.writer import Writer
 from mm_train.cli import UserError
 from mm_train.parallel.groups import Groups
@@ -49,6 +50,7 @@ def test_what_is_saved_asynchronously_is_what_was_there_at_the_call(engine, smal
     stalled = saver.save(4, engine, facts)
     assert saver.poll() == []
     assert latest(tmp_path) is None
+    saver.settle()
     with torch.no_grad():  # training goes on
         for tensor in engine.model.state_dict().values():
             tensor.fill_(7)
@@ -67,6 +69,101 @@ def test_what_is_saved_asynchronously_is_what_was_there_at_the_call(engine, smal
     assert all(torch.equal(reader.read(name, "exp_avg_sq"), moment) for name, moment in moments.items())
 
 
+def test_training_goes_on_from_what_is_saved(engine, small_config, tmp_path, facts, slow):
+    """Saved between two steps, with the second one's gradients computed before `settle`."""
+    saver = Writer(tmp_path, Groups(), small_config)
+    model = engine.model
+
+    def compute():
+        engine.backward(model(torch.randint(0, 512, (2, 16))).square().mean())
+
+    def change():
+        engine.step(1e-2)
+        for layer in model.moe_layers():
+            layer.expert_bias += 1
+
+    compute()
+    change()
+    want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = {name: engine.optimizer.state[p]["exp_avg"].clone() for name, p in engine.parameters.items()}
+    random_state = torch.get_rng_state()
+    saver.save(3, engine, facts)
+    compute()
+    saver.settle()
+    change()
+    slow.set()
+    saver.wait()
+    reader = Reader(latest(tmp_path)).verify()
+    assert torch.equal(reader.rng_state(), random_state)
+    for name, tensor in want.items():
+        assert torch.equal(reader.read(name), tensor), name
+        assert name == "lm_head.weight" or not torch.equal(model.state_dict()[name], tensor), name
+    assert all(torch.equal(reader.read(name, "exp_avg"), moment) for name, moment in moments.items())
+
+
+def test_settle_waits_for_the_copy_and_not_for_the_write(engine, small_config, tmp_path, facts, slow, monkeypatch):
+    saver = Writer(tmp_path, Groups(), small_config)
+    assert saver.settle() < 60  # nothing was saved yet
+    go, copied, copy = threading.Event(), threading.Event(), Staging.copy
+
+    def late(self, tensors):
+        assert go.wait(60)
+        buffers = copy(self, tensors)
+        copied.set()
+        return buffers
+
+    monkeypatch.setattr(Staging, "copy", late)
+    saver.save(1, engine, facts)
+    assert not copied.is_set()  # save did not wait for it
+    threading.Timer(0.1, go.set).start()
+    seconds = saver.settle()
+    assert copied.is_set()
+    assert seconds > 0
+    assert latest(tmp_path) is None
+    want = engine.model.model.norm.weight.clone()
+    with torch.no_grad():
+        engine.model.model.norm.weight.fill_(7)
+    slow.set()
+    saver.wait()
+    assert torch.equal(Reader(latest(tmp_path)).read("model.norm.weight"), want)
+
+
+@pytest.mark.parametrize("surfaces", ["poll", "wait", "save"])
+def test_an_error_of_the_copy_is_one_of_the_write(engine, small_config, tmp_path, facts, monkeypatch, surfaces):
+    saver = Writer(tmp_path, Groups(), small_config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "copy", lambda self, tensors: (_ for _ in ()).throw(MemoryError("no room")))
+        saver.save(1, engine, facts)
+        saver.settle()  # does not hang
+        ways = {
+            "poll": lambda: poll_until_written(saver),
+            "wait": saver.wait,
+            "save": lambda: saver.save(2, engine, facts),
+        }
+        with pytest.raises(MemoryError, match="no room"):
+            ways[surfaces]()
+    saver.save(3, engine, facts)
+    saver.wait()
+    assert listing(tmp_path) == ["latest", "step-00000003"]
+
+
+def test_too_little_memory_shows_at_once(engine, small_config, tmp_path, monkeypatch):
+    def empty(*shape, **options):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(UserError, match=r"no memory for the copy .*: 2\.1 MiB in this process; .*asynchronous=false"):
+        Writer(tmp_path, Groups(), small_config).reserve(engine)
+    small_config.checkpoint.asynchronous = False
+    Writer(tmp_path, Groups(), small_config).reserve(engine)
+
+
+@pytest.mark.parametrize(("hang", "timeout"), [(1800, 900), (60, 30), (0, 1800), (86400, 1800)])
+def test_rank_0_gives_up_before_the_watchdog(small_config, tmp_path, hang, timeout):
+    small_config.faults.hang_seconds = hang
+    assert Writer(tmp_path, Groups(), small_config).timeout == timeout
+
+
 def test_both_ways_write_the_same_bytes(engine, small_config, tmp_path, facts):
     for asynchronous in (False, True):
         small_config.checkpoint.asynchronous = asynchronous
@@ -78,13 +175,25 @@ def test_both_ways_write_the_same_bytes(engine, small_config, tmp_path, facts):
     assert one == other
 
 
-def test_a_save_waits_for_the_one_before(engine, small_config, tmp_path, facts, slow):
+def test_a_save_waits_for_the_one_before(engine, small_config, tmp_path, facts, slow, monkeypatch):
+    events = []
+
+    def noted(function):
+        def call(*args):
+            result = function(*args)
+            events.append(function.__name__)
+            return result
+
+        return call
+
+    monkeypatch.setattr(Staging, "copy", noted(Staging.copy))
+    monkeypatch.setattr(writer, "publish", noted(writer.publish))
     saver = Writer(tmp_path, Groups(), small_config)
     saver.save(1, engine, facts)
     threading.Timer(0.3, slow.set).start()
-    assert saver.save(2, engine, facts) > 0.2
-    assert latest(tmp_path).name == "step-00000001"
+    saver.save(2, engine, facts)
     saver.wait()
+    assert events == ["copy", "publish", "copy", "publish"]
     assert [written.step for written in saver.poll()] == [1, 2]
     assert latest(tmp_path).name == "step-00000002"
 
@@ -117,7 +226,7 @@ def test_a_disk_that_is_nearly_full_is_noticed_before_anything_is_written(
     before = listing(run)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=16 << 20))
     with pytest.raises(
-        UserError, match=r"needs 0\.02 GiB, and 0\.02 GiB of the disk are free; .* checkpoint\.keep \(3\)"
+        UserError, match=r"needs 18\.1 MiB, and 16\.0 MiB of the disk are free; .* checkpoint\.keep \(3\)"
     ):
         Writer(run, Groups(), small_config).save(9, engine, facts)
     assert listing(run) == before
@@ -267,7 +376,7 @@ def test_ranks_write_their_own_files(four, tmp_path, facts):
     sizes = [(folder / name).stat().st_size for name in files_of_ranks]
     assert [w.bytes for w in written] == [sum(sizes), *sizes[1:]]
     assert {w.folder for w in written} == {folder}
-    layout = {"world": 4, "expert_parallel": 2, "tensor_parallel": 1, "zero_stage": 1}
+    layout = {"world": 4, "engine": "deepspeed", "expert_parallel": 2, "tensor_parallel": 1, "zero_stage": 1}
     assert Reader(folder).manifest["layout"] == layout
 
 
@@ -305,18 +414,20 @@ def test_rank_0_says_who_did_not_finish(four, tmp_path, facts, monkeypatch):
     for w in writers:
         w.cfg.checkpoint.asynchronous = True
         w.timeout = 0.5
-    started, write = threading.Event(), files.write
+    given_up, write = threading.Event(), files.write
 
     def hanging(path, *args):
         if path.name in ("rank-00001.safetensors", "rank-00003.safetensors"):
-            started.wait(60)
+            assert given_up.wait(60)
+        while path.name == "rank-00000.safetensors" and not path.with_name("rank-00002.json").exists():
+            time.sleep(0.01)
         return write(path, *args)
 
     monkeypatch.setattr(files, "write", hanging)
     save(four, 5, facts)
     with pytest.raises(UserError, match=r"ranks 1, 3 of 4 did not finish within 0\.5 s; is the folder on a disk"):
         writers[0].wait()
-    started.set()
+    given_up.set()
     for w in writers[1:]:
         with pytest.raises(UserError, match="No such file") if w.groups.rank != 2 else nothing():
             w.wait()

@@ -1,7 +1,8 @@
 """What test_parity.py runs on several ranks: argv is a JSON file with the cells to try (see Cell) and where to report.
 
-Each cell is one layout. It trains some steps from the initial weights, saves a checkpoint, and goes on from one that
-another layout wrote; losses, gradients and parameters are compared with those of one plain process.
+Each cell is one layout of the real Trainer. It trains some steps from the initial weights, saves a checkpoint, and
+goes on, from there or from a checkpoint that another layout wrote. What it meets goes into a report, to be compared
+with what one plain process meets in the same steps.
 """
 
 import dataclasses
@@ -10,69 +11,74 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mm_train import config
-from mm_train.checkpoint.reader import Reader, restore
-from mm_train.checkpoint.writer import Writer
+from mm_train.anomalies import Anomalies
+from mm_train.checkpoint.reader import Reader
 from mm_train.data import Loader
-from mm_train.engine import Engine
+from mm_train.metrics import Metrics
 from mm_train.model import MobileMoE
-from mm_train.optim import clip, gradient_norms, learning_rate, update_expert_bias
 from mm_train.parallel.assemble import assemble
 from mm_train.parallel.engine import build_engine
 from mm_train.parallel.groups import Groups, form_groups, init_groups
 from mm_train.sharding import local_boxes
+from mm_train.trainer import Trainer
+from mm_train.watchdog import Watchdog
 from mm_train.weights import fill, initial
 
 STEPS, HALF = 6, 3  # of a run, and when it is saved
-SCHEDULE = 10  # steps over which the learning rate falls: the longest run here
+LONG = 10  # steps of the schedule, and of the longest run
 
 
 @dataclass
 class Cell:
     name: str
     dispatch: str
-    expert_parallel: int
-    zero_stage: int
+    expert_parallel: int = 1
+    zero_stage: int = 0
     tensor_parallel: int = 1
     recompute: str = "none"
+    dtype: str = "float32"
     steps: int = STEPS
     resume_from: str = ""  # checkpoint folder that another layout wrote
+    engine: str = "deepspeed"
 
-    def configure(self, cfg: config.Config) -> config.Config:
-        layout = config.Parallel("deepspeed", self.expert_parallel, self.tensor_parallel, self.zero_stage)
+    def configure(self, cfg: config.Config, folder: Path) -> config.Config:
         return dataclasses.replace(
             cfg,
-            parallel=layout,
+            parallel=config.Parallel(self.engine, self.expert_parallel, self.tensor_parallel, self.zero_stage),
             moe=dataclasses.replace(cfg.moe, dispatch=self.dispatch),
-            train=dataclasses.replace(cfg.train, recompute=self.recompute),
+            train=dataclasses.replace(cfg.train, recompute=self.recompute, dtype=self.dtype),
+            run=config.Run(dir=str(folder / self.name)),
         )
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
     spec = json.loads(Path(sys.argv[1]).read_text())
-    base = config.load([spec["config"]])
-    cells = [Cell(**cell) for cell in spec["cells"]]
-    first = cells[0].configure(base)
-    groups = init_groups(first.parallel)
+    folder, base = Path(spec["folder"]), config.load([spec["config"]])
+    groups, layout = None, None
     report = {}
-    for cell in cells:
-        cfg = cell.configure(base)
-        groups = groups if cfg.parallel == first.parallel else reform(cfg.parallel, groups)
-        first = cfg
-        report[cell.name] = try_cell(cell, cfg, groups, Path(spec["folder"]))
+    for cell in (Cell(**cell) for cell in spec["cells"]):
+        cfg = cell.configure(base, folder)
+        groups = init_groups(cfg.parallel) if groups is None else reform(cfg.parallel, layout, groups)
+        layout = cfg.parallel
+        report[cell.name] = try_cell(cell, cfg, groups, folder)
+    assert groups is not None
     if groups.is_main:
         Path(spec["report"]).write_text(json.dumps(report))
     groups.close()
 
 
-def reform(parallel: config.Parallel, groups: Groups) -> Groups:
-    """Other groups in the same world."""
+def reform(parallel: config.Parallel, before: config.Parallel | None, groups: Groups) -> Groups:
+    """The groups of another layout in the same world."""
+    if parallel == before:
+        return groups
     from deepspeed.utils import groups as deepspeed_groups
 
     deepspeed_groups.mpu = None
@@ -88,130 +94,107 @@ def reform(parallel: config.Parallel, groups: Groups) -> Groups:
     return form_groups(parallel, groups.rank, groups.world, groups.device)
 
 
-def try_cell(cell: Cell, cfg: config.Config, groups: Groups, folder: Path) -> dict:
-    loader = Loader(cfg.data.path, cfg.data.mixture, cfg.data.seq_len, cfg.train.seed)
-    want = json.loads((folder / f"{cell.dispatch}.json").read_text())
+def new_trainer(cfg: config.Config, groups: Groups, seed: int) -> Trainer:
+    """A run at its beginning that tells nobody."""
     model = assemble(cfg, groups)
-    fill(model, cfg.model, initial(cfg.model, cfg.train.seed), groups.place)
-    engine = build_engine(model, cfg, groups)
-    report: dict = {"losses": [], "norms": [], "gradients": {}, "dropped": 0}
+    fill(model, cfg.model, initial(cfg.model, seed), groups.place)
+    metrics = Metrics(cfg.run.dir, is_main=False, wandb_mode="disabled", config={}, project="", run_name="")
+    loader = Loader(cfg.data.path, cfg.data.mixture, cfg.data.seq_len, cfg.train.seed)
+    watchdog = Watchdog(cfg.run.dir, groups.rank, groups.world, seconds=0)
+    return Trainer(cfg, groups, build_engine(model, cfg, groups), loader, metrics, watchdog)
 
-    spoil(engine, loader, cfg, groups)
-    for step in range(min(HALF, cell.steps)):
-        loss, dropped = accumulate(engine, loader, step, cfg, groups)
-        if step == 0:
-            report["gradients"] = gradient_errors(engine, cfg, groups, load_file(folder / f"{cell.dispatch}-gradients"))
-        report["losses"].append((loss, want["losses"][step]))
-        report["norms"].append((apply(engine, step, cfg, groups), want["norms"][step]))
-        report["dropped"] += dropped
-    run_dir = folder / cell.name
-    writer = Writer(run_dir, groups, cfg)
-    writer.save(HALF, engine, {"samples": 0, "rows_per_step": 1, "data": {}, "skipped_steps": 0, "rollbacks": 0})
-    writer.wait()
+
+def try_cell(cell: Cell, cfg: config.Config, groups: Groups, folder: Path) -> dict[str, Any]:
+    trainer = new_trainer(cfg, groups, cfg.train.seed)
+    report: dict[str, Any] = {"gradients": gradient_errors(trainer, load_file(folder / f"{cell.dispatch}-gradients"))}
+    skip_a_step(trainer)
+    report["steps"] = [one_step(trainer) for _ in range(HALF)]
+    trainer.save()
+    trainer.finish_writing()
     groups.barrier()
-    report["resumed"] = resumes_exactly(cell, cfg, engine, loader, groups, run_dir)
+
+    again = new_trainer(cfg, groups, seed=99)
+    again.resume(Reader(Path(cfg.run.dir) / "checkpoints" / f"step-{HALF:08d}"))
+    here, there = one_step(trainer), one_step(again)
+    same = here == there and all(torch.equal(*pair) for pair in zip(values(trainer), values(again), strict=True))
+    report["resumed"] = all(groups.gather(same))  # bit for bit
 
     if cell.resume_from:
-        del engine, model
-        engine = fresh_engine(cfg, groups, Path(cell.resume_from))
-    for step in range(HALF, cell.steps) if cell.resume_from else ():
-        loss, _ = accumulate(engine, loader, step, cfg, groups)
-        report["losses"].append((loss, want["losses"][step]))
-        report["norms"].append((apply(engine, step, cfg, groups), want["norms"][step]))
-    if cell.resume_from:
-        whole = load_file(folder / f"{cell.dispatch}-weights-{cell.steps}")
-        errors = {}
-        for name, ours, expected in local_pairs(engine.model, cfg, groups, whole):
-            errors[name] = float((ours - expected).abs().max())
-        report["weights"] = max(max(each.values()) for each in groups.gather(errors))
-        report["num_weights"] = len(errors)
+        trainer = again
+        trainer.resume(Reader(Path(cell.resume_from)))
+    else:
+        report["steps"].append(here)
+    while trainer.step < cell.steps:
+        report["steps"].append(one_step(trainer))
+    report["weights"] = weight_errors(trainer, load_file(folder / f"{cell.dispatch}-{cell.dtype}-{cell.steps}"))
     return report
 
 
-def spoil(engine: Engine, loader: Loader, cfg: config.Config, groups: Groups) -> None:
-    """A step that is thrown away for its gradients: nothing of it may be left."""
-    accumulate(engine, loader, 0, cfg, groups, factor=float("nan"))
-    norms = gradient_norms(engine, groups)
-    assert norms["total"] != norms["total"], norms
-    engine.discard()
+def one_step(trainer: Trainer) -> dict[str, Any]:
+    """A training step, and all that is said of it but the time it took."""
+    outcome = trainer.train_step(stop=False)
+    told = trainer.values(outcome)
+    trainer.interval.start()
+    keys = (
+        "grad_norm",
+        "grad_norm_parts",
+        "z_loss",
+        "router_entropy",
+        "dropped_fraction",
+        "expert_load",
+        "data_mixture",
+    )
+    return {"loss": outcome.totals.loss, "action": outcome.verdict.action, **{key: told[key] for key in keys}}
 
 
-def resumes_exactly(
-    cell: Cell, cfg: config.Config, engine: Engine, loader: Loader, groups: Groups, run_dir: Path
-) -> bool:
-    """Load the checkpoint just written into a fresh engine of the same layout: is the next step equal bit for bit?"""
-    fresh = fresh_engine(cfg, groups, run_dir / "checkpoints" / f"step-{HALF:08d}")
-    outcomes = []
-    for each in (engine, fresh):
-        loss, _ = accumulate(each, loader, HALF, cfg, groups)
-        norm = apply(each, HALF, cfg, groups)
-        outcomes.append((loss, norm, dict(each.model.named_parameters())))
-    (loss, norm, weights), (fresh_loss, fresh_norm, fresh_weights) = outcomes
-    same = all(torch.equal(weights[name], fresh_weights[name]) for name in weights)
-    return all(groups.gather(same and loss == fresh_loss and norm == fresh_norm))
+def values(trainer: Trainer) -> list[Tensor]:
+    """Parameters and buffers on this rank."""
+    model = trainer.engine.model
+    return [*model.parameters(), *model.buffers()]
 
 
-def fresh_engine(cfg: config.Config, groups: Groups, folder: Path) -> Engine:
-    """Another engine, its weights and moments from a checkpoint."""
-    model = assemble(cfg, groups)
-    fill(model, cfg.model, initial(cfg.model, seed=99), groups.place)
-    engine = build_engine(model, cfg, groups)
-    restore(Reader(folder), engine, groups)
-    return engine
+def skip_a_step(trainer: Trainer) -> None:
+    """A step whose gradients are not finite: nothing of it may be left."""
+    weight = trainer.cfg.moe.z_loss_weight
+    trainer.cfg.moe.z_loss_weight = float("nan")
+    assert trainer.train_step(stop=False).verdict.action == "skip"
+    trainer.cfg.moe.z_loss_weight = weight
+    trainer.step, trainer.anomalies = 0, Anomalies(trainer.cfg.faults)
+    trainer.interval.start()
 
 
-def gradient_errors(engine: Engine, cfg: config.Config, groups: Groups, whole: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each named gradient over the ranks, relative to its largest element."""
-    boxes = {entry.name: box for entry, box in local_boxes(cfg.model, groups.place)}
+def gradient_errors(trainer: Trainer, whole: dict[str, Tensor]) -> dict[str, float]:
+    """Largest error of each named gradient of the first step over the ranks, relative to its largest element."""
+    engine, groups = trainer.engine, trainer.groups
+    trainer._accumulate(stop=False)
+    boxes = {entry.name: box for entry, box in local_boxes(trainer.cfg.model, groups.place)}
     errors = {}
     for fragment in engine.fragments():
         expected = whole[fragment.name][boxes[fragment.name].slices].reshape(-1)[fragment.start : fragment.stop]
         error = (engine.gradient(fragment) - expected).abs().max() / whole[fragment.name].abs().max()
         errors[fragment.name] = float(error)
+    engine.discard()
+    trainer.interval.forget_step()
+    return largest(groups, errors)
+
+
+def weight_errors(trainer: Trainer, whole: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference of each parameter and buffer over the ranks."""
+    model: MobileMoE = trainer.engine.model
+    mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    boxes = local_boxes(trainer.cfg.model, trainer.groups.place)
+    return largest(
+        trainer.groups, {e.name: float((mine[e.name] - whole[e.name][box.slices]).abs().max()) for e, box in boxes}
+    )
+
+
+def largest(groups: Groups, errors: dict[str, float]) -> dict[str, float]:
+    """The largest of every rank's errors by name."""
     merged: dict[str, float] = {}
     for each in groups.gather(errors):
         for name, error in each.items():
             merged[name] = max(error, merged.get(name, 0.0))
     return merged
-
-
-def local_pairs(model: MobileMoE, cfg: config.Config, groups: Groups, whole: dict[str, Tensor]):
-    """(name, tensor here, the same part of `whole`) of all parameters."""
-    parameters = dict(model.named_parameters())
-    for entry, box in local_boxes(cfg.model, groups.place):
-        if entry.name in parameters:
-            yield entry.name, parameters[entry.name].detach(), whole[entry.name][box.slices]
-
-
-def accumulate(
-    engine: Engine, loader: Loader, step: int, cfg: config.Config, groups: Groups, factor: float = 1.0
-) -> tuple[float, int]:
-    """Forward and backward of one global batch, and the bias update; returns its mean loss and dropped slots."""
-    rows = cfg.train.global_batch_tokens // cfg.data.seq_len
-    share = (rows, cfg.train.micro_batch_size, groups.dp_rank, groups.dp_size)
-    batches = list(loader.micro_batches(step * rows, *share))
-    scored = groups.sum(torch.tensor(float(sum(b.num_scored for b in batches))))
-    sums, counts = torch.zeros(2, dtype=torch.float64), 0
-    for batch in batches:
-        losses = engine.forward(batch)
-        z_loss = losses.z_loss_sum / cfg.train.global_batch_tokens
-        loss = losses.cross_entropy_sum / scored + cfg.moe.z_loss_weight * z_loss
-        engine.backward(loss * engine.loss_scale * factor)
-        sums += torch.stack([losses.cross_entropy_sum.detach(), losses.dropped_L.sum()]).double()
-        counts = counts + losses.counts_LE
-    if factor == 1.0:
-        biases = [layer.expert_bias for layer in engine.model.moe_layers()]
-        update_expert_bias(biases, groups.sum(counts), cfg.moe.bias_update_rate)
-    nats, dropped = groups.sum(sums).tolist()
-    return nats / float(scored), int(dropped)
-
-
-def apply(engine: Engine, step: int, cfg: config.Config, groups: Groups) -> float:
-    """Clip and update; returns the norm of the gradient before."""
-    norm = gradient_norms(engine, groups)["total"]
-    clip(engine, norm, cfg.optim.clip_grad_norm)
-    engine.step(learning_rate(step, SCHEDULE, cfg.optim))
-    return norm
 
 
 if __name__ == "__main__":
