@@ -14,6 +14,14 @@ class UserError(Exception):
     as one line and exit with status 2; libraries let it pass.
     """
 
+    status = 2  # of a command that ends with it
+
+
+class LostContact(UserError):
+    """A rank ends because another one is gone, which has its own reason: not a mistake, and worth another try."""
+
+    status = 69  # sysexits.h EX_UNAVAILABLE
+
 
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's says, in one line; its kind when it says nothing."""
@@ -32,14 +40,14 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            rank = int(os.environ.get("RANK", "0"))
-            if rank:
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":
                 # All ranks usually fail alike. Rank 0 speaks first and the launcher then ends the others; what is
                 # still alive after the pause has a trouble of its own.
                 time.sleep(3)
-            prefix = f"[rank {rank}] " if rank else ""
+            prefix = f"[rank {rank}] " if rank != "0" else ""
             print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            return 2
+            return error.status
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mm_train.cli import UserError
+from mm_train.files import write_atomic
 from mm_train.rules import validate
 
 
@@ -258,8 +259,12 @@ def from_dict(values: Mapping[str, Any], origin: str) -> Config:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML that `load([path])` reads back equal."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    """Write the resolved config as YAML that `load([path])` reads back equal. Raises UserError where it cannot."""
+    text = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def model_difference(here: Model, there: Model) -> str | None:

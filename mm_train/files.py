@@ -1,7 +1,12 @@
 """Atomic files: a reader sees the old file or the new one, never half of one. Torch-free."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from mm_train.cli import UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -34,6 +39,31 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep it to this process.
+
+    Raises UserError when another process has it, or it cannot be written. A file system without locks has none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training in {folder}: give this one another run.dir. (Several that all say so"
+                    " were started without RANK and WORLD_SIZE: each takes itself for the only one.)"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)  # releases the lock, as the end of the process would
 
 
 def is_file(path: Path) -> bool:

@@ -270,6 +270,11 @@ def _run_rules(config: Config) -> Rules:
     yield sum(mixture.values()) > 0, f"data.mixture weights sum to 0: {mixture}"
     yield bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"
     yield bool(config.data.path), "data.path is empty: name a data set folder written by data_prep"
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    yield (
+        keep_every % every == 0,
+        f"checkpoint.keep_every ({keep_every}) must be a multiple of checkpoint.every ({every}), or 0",
+    )
     steps = config.profile.steps
     first, dash, last = steps.partition("-")
     last = last if dash else first

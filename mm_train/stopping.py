@@ -29,7 +29,8 @@ SAME_REQUEST_SECONDS = 5.0  # a launcher and a process group often deliver one r
 class StopRequest:
     """Remembers what asked this process to stop. Make it before anything slow is imported.
 
-    A second signal, later than SAME_REQUEST_SECONDS after the first, has its default action: it ends the process.
+    The same signal again, later than SAME_REQUEST_SECONDS after the first, has its default action: it ends the process.
+    Another one does not: batch systems send SIGUSR1 before the time limit and SIGTERM at it.
 
     Args:
         run_dir: the run folder; it need not exist yet.
@@ -39,7 +40,7 @@ class StopRequest:
     def __init__(self, run_dir: str | Path, is_main: bool, poll_seconds: float = 1.0) -> None:
         self.file = Path(run_dir) / "STOP"
         self._reason: str | None = None
-        self._first = 0.0  # when the first signal came
+        self._first: dict[int, float] = {}  # when each signal came for the first time
         self._poll_seconds = poll_seconds if is_main else None
         self._looked = -float("inf")
         self._before: dict[int, Any] = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -80,8 +81,10 @@ class StopRequest:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._first:
-            self._first, self._reason = now, signal.Signals(number).name
-        elif now - self._first > SAME_REQUEST_SECONDS:
+        if number not in self._first:
+            if not self._first:
+                self._reason = signal.Signals(number).name
+            self._first[number] = now
+        elif now - self._first[number] > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m mm_train.train MODEL.yaml STAGE.yaml parallel.exp
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_train import config
-from mm_train.cli import UserError, command
+from mm_train.cli import LostContact, UserError, command
 from mm_train.stopping import STOPPED, StopRequest
 
 if TYPE_CHECKING:
@@ -65,23 +66,26 @@ def train(cfg: config.Config) -> int:
         from mm_train.watchdog import Watchdog
 
         groups = init_groups(cfg.parallel, cfg.faults.hang_seconds)
-        with Watchdog(cfg.run.dir, groups.rank, groups.world, cfg.faults.hang_seconds) as watchdog:
+        watchdog = Watchdog(cfg.run.dir, groups.rank, groups.world, cfg.faults.hang_seconds)
+        with watchdog, contextlib.ExitStack() as held:
             try:
-                status = _train(cfg, groups, stop, watchdog)
+                status = _train(cfg, groups, stop, watchdog, held)
             except RuntimeError as error:
                 if groups.world > 1 and lost_contact(error):
-                    raise UserError(f"lost contact with another rank, which says why: {error}") from None
+                    raise LostContact(f"lost contact with another rank, which says why: {error}") from None
                 raise
             groups.close()  # only now: with a rank gone, leaving in order could wait for it
         return status
 
 
-def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "Watchdog") -> int:
+def _train(
+    cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "Watchdog", held: contextlib.ExitStack
+) -> int:
     import torch
 
     from mm_train.checkpoint.reader import open_newest
     from mm_train.data import Loader, open_sources
-    from mm_train.files import write_atomic
+    from mm_train.files import locked, write_atomic
     from mm_train.inventory import active_parameters, parameters
     from mm_train.metrics import Metrics
     from mm_train.parallel.assemble import assemble
@@ -115,6 +119,8 @@ def _train(cfg: config.Config, groups: "Groups", stop: StopRequest, watchdog: "W
     engine = build_engine(model, cfg, groups)
 
     # --- log ------------------------------------------------------------------------------------------------------
+    if groups.is_main:
+        held.enter_context(locked(run_dir))
     metrics = Metrics(
         run_dir,
         is_main=groups.is_main,

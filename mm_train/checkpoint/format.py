@@ -33,7 +33,7 @@ from mm_train.inventory import KINDS
 from mm_train.sharding import Box, whole
 
 FORMAT, OLD_FORMAT = "mobilemoe-checkpoint-2", "mobilemoe-checkpoint-1"
-FACTS = ("samples", "rows_per_step", "data", "anomalies")  # that a run needs to go on
+FACTS = ("samples", "rows_per_step", "updates", "data", "anomalies")  # that a run needs to go on
 RNG = "rng/torch"  # key of torch's random state, in the first file
 MANIFEST = "manifest.json"
 FILE = re.compile(r"rank-\d{5}\.safetensors")

@@ -1,6 +1,6 @@
 import pytest
 
-from mm_train.cli import UserError, command
+from mm_train.cli import LostContact, UserError, command
 
 
 def run(error):
@@ -34,3 +34,10 @@ def test_interruption_is_quiet_and_a_defect_is_not(capsys):
 def test_status_of_main_is_kept():
     assert command(lambda: None)() == 0
     assert command(lambda: 3)() == 3
+
+
+def test_losing_contact_has_a_status_of_its_own_and_an_odd_rank_changes_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert run(LostContact("rank 2 is gone")) == 69
+    assert capsys.readouterr().err == "[rank x] error: rank 2 is gone\n"

@@ -1,8 +1,11 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
-from mm_train.files import write_atomic
+from mm_train.cli import UserError
+from mm_train.files import locked, write_atomic
 
 
 def test_replaces_and_leaves_nothing_else(tmp_path):
@@ -30,3 +33,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_missing_folder_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomic(tmp_path / "none" / "a.json", b"x")
+
+
+def test_a_folder_is_kept_to_one_process_until_it_ends(tmp_path):
+    code = "import sys; from pathlib import Path; from mm_train.files import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('has it', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "has it\n"
+    with pytest.raises(UserError, match=r"another process is training in .*run: give this one another run.dir"):
+        locked(tmp_path / "run").__enter__()
+    other.kill()
+    other.communicate()
+    for _ in range(2):
+        with locked(tmp_path / "run"):
+            pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write the run folder .*file/run: Not a directory"):
+        locked(tmp_path / "file" / "run").__enter__()

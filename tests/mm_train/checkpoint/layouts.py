@@ -18,6 +18,7 @@ from mm_train.sharding import Place, local_box, local_boxes
 FACTS = {
     "samples": 24,
     "rows_per_step": 8,
+    "updates": 3,
     "data": {"seed": 0, "seq_len": 64, "sources": {"code": {"samples_in_1000": 1000, "shards": "a" * 64}}},
     "anomalies": Anomalies(config.Faults()).state(),
 }
