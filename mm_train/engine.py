@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_train import config
 from mm_train.data import Batch
@@ -74,7 +74,32 @@ class Engine(Protocol):
         ...
 
 
-class PlainEngine:
+class WholeState:
+    """Weights, gradients and moments whole on this rank: those of `parameters`, in `adam`."""
+
+    parameters: dict[str, nn.Parameter]
+    adam: torch.optim.Optimizer
+
+    def state(self, fragment: Fragment) -> dict[str, Tensor]:
+        parameter = self.parameters[fragment.name]
+        tensors = {"weight": parameter.detach()} | {key: self.adam.state[parameter][key] for key in MOMENTS}
+        return {kind: tensor.view(-1)[fragment.start : fragment.stop] for kind, tensor in tensors.items()}
+
+    def gradient(self, fragment: Fragment) -> Tensor | None:
+        gradient = self.parameters[fragment.name].grad
+        return None if gradient is None else gradient.reshape(-1)[fragment.start : fragment.stop]
+
+    def scale_gradients(self, factor: float) -> None:
+        torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], factor)
+
+    @torch.no_grad()
+    def restore(self, name: str, read: ReadRange) -> None:
+        whole = Fragment(name, 0, self.parameters[name].numel())
+        for kind, tensor in self.state(whole).items():
+            tensor.copy_(read(kind, whole.start, whole.stop))
+
+
+class PlainEngine(WholeState):
     """Gradients accumulate in .grad, torch's AdamW steps."""
 
     loss_scale = 1.0
@@ -82,8 +107,8 @@ class PlainEngine:
     def __init__(self, model: MobileMoE, optim: config.Optim) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters())
-        self.optimizer = adamw(parameter_groups(model, optim), optim)
-        materialise_moments(self.optimizer)
+        self.adam = adamw(parameter_groups(model, optim), optim)
+        materialise_moments(self.adam)
 
     def forward(self, batch: Batch) -> Losses:
         return self.model(batch.tokens_BT, batch.labels_BT, batch.document_BT)
@@ -94,34 +119,16 @@ class PlainEngine:
     def fragments(self) -> list[Fragment]:
         return [Fragment(name, 0, parameter.numel()) for name, parameter in self.parameters.items()]
 
-    def state(self, fragment: Fragment) -> dict[str, Tensor]:
-        parameter = self.parameters[fragment.name]
-        tensors = {"weight": parameter.detach()} | {key: self.optimizer.state[parameter][key] for key in MOMENTS}
-        return {kind: tensor.view(-1)[fragment.start : fragment.stop] for kind, tensor in tensors.items()}
-
-    def gradient(self, fragment: Fragment) -> Tensor | None:
-        gradient = self.parameters[fragment.name].grad
-        return None if gradient is None else gradient.reshape(-1)[fragment.start : fragment.stop]
-
-    def scale_gradients(self, factor: float) -> None:
-        torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], factor)
-
     def step(self, learning_rate: float) -> None:
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        set_learning_rate(self.adam, learning_rate)
+        self.adam.step()
+        self.adam.zero_grad()
 
     def discard(self) -> None:
-        self.optimizer.zero_grad()
-
-    @torch.no_grad()
-    def restore(self, name: str, read: ReadRange) -> None:
-        whole = Fragment(name, 0, self.parameters[name].numel())
-        for kind, tensor in self.state(whole).items():
-            tensor.copy_(read(kind, whole.start, whole.stop))
+        self.adam.zero_grad()
 
     def restore_step(self, step: int) -> None:
-        set_step(self.optimizer, step)
+        set_step(self.adam, step)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -60,7 +60,7 @@ class Trainer:
         self.rows = cfg.train.global_batch_tokens // cfg.data.seq_len
         self.step = self.updates = self.left_out = 0
         self.anomalies = Anomalies(cfg.faults)
-        self.writer = Writer(self.run_dir, groups, cfg)
+        self.writer = Writer(self.run_dir, groups, cfg, beat=lambda: self._beat("checkpoint"))
         self.writer.reserve(engine)
         self.stalled: dict[int, float] = {}  # seconds that the loop stood still for checkpoints under way, by step
         self.interval = Interval(cfg, groups, sorted(loader.readers))

@@ -41,10 +41,12 @@ def header(vectors: Sequence[Vector]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write(path: Path, head: bytes, buffers: Iterable[memoryview]) -> tuple[str, int]:
+def write(
+    path: Path, head: bytes, buffers: Iterable[memoryview], progress: Callable[[int], object] = lambda size: None
+) -> tuple[str, int]:
     """Write a new file: `head`, then the bytes of `buffers`. Returns its sha256 and length once it is on the disk.
 
-    Raises OSError where there is no room, or a file of this name.
+    `progress` hears of every some megabytes. Raises OSError where there is no room, or a file of this name.
     """
     digest, length = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file:
@@ -53,6 +55,7 @@ def write(path: Path, head: bytes, buffers: Iterable[memoryview]) -> tuple[str, 
                 chunk = buffer[start : start + CHUNK]
                 digest.update(chunk)
                 length += len(chunk)
+                progress(len(chunk))
                 while chunk:  # a disk that is nearly full takes a part of it
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())

@@ -20,6 +20,7 @@ from mm_train.inventory import KINDS, is_buffer
 from mm_train.parallel.groups import Groups
 from mm_train.sharding import Box, local_boxes, whole
 
+OPEN_FILES = 64  # at a time: a checkpoint has one for each rank, and processes may have few
 PIECE_BYTES = 16 << 20  # read at a time where what is stored has to be cut
 
 
@@ -129,6 +130,8 @@ class Reader:
         """Read elements of a vector of a file, from `start` on, into a contiguous vector."""
         try:
             if file not in self._opened:
+                if len(self._opened) >= OPEN_FILES:
+                    self._opened.pop(next(iter(self._opened)))
                 self._opened[file] = VectorFile(self.folder / file)
             self._opened[file].read_into(key, start, target.numpy().data.cast("B"))
         except OSError as error:

@@ -12,7 +12,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mm_train import config
 from mm_train.checkpoint import files
-from mm_train.checkpoint.folders import partial_of, prune, publish, root_of, sweep
+from mm_train.checkpoint.folders import partial_of, prune, publish, remove, root_of, sweep
 from mm_train.checkpoint.format import FORMAT, Part, open_checkpoint, write_manifest
 from mm_train.checkpoint.share import Staging, as_bytes, in_words, share_of
 from mm_train.cli import UserError
@@ -32,6 +32,7 @@ from mm_train.inventory import KINDS
 from mm_train.parallel.groups import Groups, uses_deepspeed
 
 SIDECARS_SECONDS = 30 * 60  # that rank 0 waits for the files of the others, at most
+BEAT_SECONDS = 1.0  # between two looks at a write that is waited for
 AFTER_FAILURE_SECONDS = 60  # likewise, when the checkpoint is lost anyway: then only to tidy up behind them
 SPARE_BYTES = 16 << 20  # beside the tensors: headers, manifest, sidecars
 
@@ -61,11 +62,15 @@ class Writer:
     """Saves the checkpoints of a run. One for each process and run: it keeps the memory for the copy.
 
     `timeout` is for how many seconds rank 0 waits for the files of other ranks; it gives up before the watchdog, which
-    knows only that something hangs.
+    knows only that something hangs. `beat` is called now and then where the caller waits for a write that moves on: a
+    slow disk is no hang.
     """
 
-    def __init__(self, run_dir: Path, groups: Groups, cfg: config.Config) -> None:
-        self.run_dir, self.groups, self.cfg = run_dir, groups, cfg
+    def __init__(
+        self, run_dir: Path, groups: Groups, cfg: config.Config, beat: Callable[[], object] = lambda: None
+    ) -> None:
+        self.run_dir, self.groups, self.cfg, self.beat = run_dir, groups, cfg, beat
+        self._moved = 0  # bytes, of all checkpoints
         self.timeout = min(cfg.faults.hang_seconds / 2 or SIDECARS_SECONDS, SIDECARS_SECONDS)
         self._staging = Staging()
         self._copied = threading.Event()  # training may change its tensors
@@ -143,9 +148,19 @@ class Writer:
         self._join()
         self._raise_failure()
 
+    def _count(self, size: int) -> None:
+        self._moved += size
+        if self._thread is None:  # the caller itself writes
+            self.beat()
+
     def _join(self) -> None:
         if self._thread is not None:
-            self._thread.join()
+            moved = -1
+            while self._thread.is_alive():
+                if self._moved != moved:
+                    moved = self._moved
+                    self.beat()
+                self._thread.join(BEAT_SECONDS)
             self._thread = None
             self._collect()
 
@@ -189,6 +204,7 @@ class Writer:
                         f" ({self.cfg.checkpoint.keep}); the checkpoints before are untouched"
                     )
                 else:
+                    remove(partial)  # what of it could not be swept away (files in use on NFS) goes aside
                     partial.mkdir()
             except OSError as error:
                 trouble = str(_write_error(partial, error))
@@ -226,7 +242,7 @@ class Writer:
         path = partial / f"rank-{self.groups.rank:05d}.safetensors"
         failure = None
         try:
-            sha256, size = files.write(path, files.header(job.vectors), job.buffers)
+            sha256, size = files.write(path, files.header(job.vectors), job.buffers, self._count)
             parts = [part.to_json() for part in job.parts]
             _report(path, {"file": path.name, "sha256": sha256, "bytes": size, "parts": parts})
         except OSError as error:

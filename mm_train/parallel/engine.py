@@ -17,6 +17,7 @@ from mm_train.engine import (
     Fragment,
     PlainEngine,
     ReadRange,
+    WholeState,
     materialise_moments,
     set_learning_rate,
     set_step,
@@ -37,7 +38,7 @@ def build_engine(model: MobileMoE, cfg: config.Config, groups: Groups) -> Engine
 class DeepSpeedEngine:
     """What both kinds share. Every rank answers for an equal part of what it holds together with others."""
 
-    zero_stage: int
+    adam: torch.optim.Optimizer  # torch's, which moves the weights
 
     def __init__(self, model: MobileMoE, cfg: config.Config, groups: Groups) -> None:
         import deepspeed
@@ -70,10 +71,6 @@ class DeepSpeedEngine:
                 "timers": {"throughput": {"enabled": False}},  # it waits for the GPU in every forward pass
             },
         )
-
-    @property
-    def adam(self) -> torch.optim.Optimizer:
-        raise NotImplementedError
 
     def forward(self, batch: Batch) -> Losses:
         return self.engine(batch.tokens_BT, batch.labels_BT, batch.document_BT)
@@ -124,16 +121,13 @@ class DeepSpeedEngine:
         return found
 
 
-class ReplicatedEngine(DeepSpeedEngine):
+class ReplicatedEngine(WholeState, DeepSpeedEngine):
     """ZeRO 0: weights, gradients and moments whole on every rank that computes with them."""
 
     def __init__(self, model: MobileMoE, cfg: config.Config, groups: Groups) -> None:
         super().__init__(model, cfg, groups)
+        self.adam = self.optimizer
         materialise_moments(self.adam)
-
-    @property
-    def adam(self) -> torch.optim.Optimizer:
-        return self.optimizer
 
     def _data_parallel_copies(self, entry: inventory.Entry) -> tuple[int, int]:
         return self.groups.expert_dp if entry.part == "routed experts" else (self.groups.dp_rank, self.groups.dp_size)
@@ -141,26 +135,8 @@ class ReplicatedEngine(DeepSpeedEngine):
     def _held(self, name: str) -> tuple[int, int]:
         return 0, self.parameters[name].numel()
 
-    def state(self, fragment: Fragment) -> dict[str, Tensor]:
-        parameter = self.parameters[fragment.name]
-        tensors = {"weight": parameter.detach()} | {key: self.adam.state[parameter][key] for key in MOMENTS}
-        return {kind: tensor.view(-1)[fragment.start : fragment.stop] for kind, tensor in tensors.items()}
-
-    def gradient(self, fragment: Fragment) -> Tensor | None:
-        gradient = self.parameters[fragment.name].grad
-        return None if gradient is None else gradient.reshape(-1)[fragment.start : fragment.stop]
-
-    def scale_gradients(self, factor: float) -> None:
-        torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], factor)
-
     def _clear_gradients(self) -> None:
         self.engine.zero_grad()
-
-    @torch.no_grad()
-    def restore(self, name: str, read: ReadRange) -> None:
-        whole = Fragment(name, 0, self.parameters[name].numel())
-        for kind, tensor in self.state(whole).items():
-            tensor.copy_(read(kind, whole.start, whole.stop))
 
 
 class ZeroEngine(DeepSpeedEngine):
@@ -168,15 +144,12 @@ class ZeroEngine(DeepSpeedEngine):
 
     def __init__(self, model: MobileMoE, cfg: config.Config, groups: Groups) -> None:
         super().__init__(model, cfg, groups)
+        self.adam = self.optimizer.optimizer  # what ZeRO wraps
         self.optimizer.check_grad_overflow = False  # whether a step is taken is decided before `step` is called
         materialise_moments(self.adam)
         # Let DeepSpeed find each parameter's slice of the moments, which it otherwise does in the first step only.
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    @property
-    def adam(self) -> torch.optim.Optimizer:
-        return self.optimizer.optimizer  # what ZeRO wraps
 
     def _mapping(self, name: str) -> Any:
         """DeepSpeed's record of the range of a parameter that lives here; None when it lives elsewhere."""

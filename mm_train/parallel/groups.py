@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm_train import config
-from mm_train.cli import UserError
+from mm_train.cli import UserError, first_line
 from mm_train.rules import check_world
 from mm_train.sharding import ALONE, Place
 
@@ -68,10 +68,6 @@ class Groups:
             dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
@@ -97,7 +93,11 @@ def init_groups(parallel: config.Parallel, hang_seconds: float = 0) -> Groups:
         os.environ.setdefault("MASTER_PORT", "29500")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        try:
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        except dist.DistError as error:
+            where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(f"rank {rank} cannot join the other {world - 1} at {where}: {first_line(error)}") from None
     groups = form_groups(parallel, rank, world, device)
     if groups.mpu is None:
         importlib.import_module("deepspeed.utils.groups")._clone_world_group()  # ZeRO's, otherwise made later

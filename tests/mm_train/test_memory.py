@@ -167,7 +167,7 @@ def test_the_plain_engine_holds_sixteen_bytes_a_parameter(small_model):
     engine = PlainEngine(network, config.Optim())
     run(network, layout).cross_entropy_sum.backward()
     parts = memory_bytes(small_model, layout)
-    states = engine.optimizer.state.values()
+    states = engine.adam.state.values()
     assert parts["weights"] == sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
     assert parts["gradients"] == sum(p.grad.nbytes for p in network.parameters())
     assert parts["moments"] == sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))

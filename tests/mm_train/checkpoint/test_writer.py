@@ -44,7 +44,7 @@ def slow(monkeypatch):
 
 def test_what_is_saved_asynchronously_is_what_was_there_at_the_call(engine, small_config, tmp_path, facts, slow):
     want = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
-    moments = {name: engine.optimizer.state[p]["exp_avg_sq"].clone() for name, p in engine.parameters.items()}
+    moments = {name: engine.adam.state[p]["exp_avg_sq"].clone() for name, p in engine.parameters.items()}
     saver = Writer(tmp_path, Groups(), small_config)
     saver.reserve(engine)
     stalled = saver.save(4, engine, facts)
@@ -54,7 +54,7 @@ def test_what_is_saved_asynchronously_is_what_was_there_at_the_call(engine, smal
     with torch.no_grad():  # training goes on
         for tensor in engine.model.state_dict().values():
             tensor.fill_(7)
-        for state in engine.optimizer.state.values():
+        for state in engine.adam.state.values():
             state["exp_avg_sq"].fill_(7)
     slow.set()
     saver.wait()
@@ -85,7 +85,7 @@ def test_training_goes_on_from_what_is_saved(engine, small_config, tmp_path, fac
     compute()
     change()
     want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    moments = {name: engine.optimizer.state[p]["exp_avg"].clone() for name, p in engine.parameters.items()}
+    moments = {name: engine.adam.state[p]["exp_avg"].clone() for name, p in engine.parameters.items()}
     random_state = torch.get_rng_state()
     saver.save(3, engine, facts)
     compute()
@@ -248,7 +248,7 @@ class Full:
     def __init__(self, left):
         self.left = left
 
-    def __call__(self, path, head, buffers):
+    def __call__(self, path, head, buffers, *rest):
         def limited():
             for buffer in buffers:
                 if len(buffer) > self.left:
@@ -438,3 +438,50 @@ def nothing():
     import contextlib
 
     return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_waiting_for_a_slow_disk_is_progress_and_for_a_dead_one_is_not(
+    engine, small_config, tmp_path, facts, monkeypatch, asynchronous
+):
+    """Beats come while bytes move: a write longer than faults.hang_seconds must not end the run."""
+    monkeypatch.setattr(writer, "BEAT_SECONDS", 0.01)
+    moving, stuck = threading.Event(), threading.Event()
+    beats: list[bool] = []
+
+    def write(path, head, buffers, progress):
+        for _ in range(3):
+            progress(100)
+            assert moving.wait(60)
+        assert stuck.wait(60)  # nothing moves any more
+        return real(path, head, buffers, lambda size: None)
+
+    def beat():
+        beats.append(True)
+        if len(beats) == 2:
+            threading.Timer(0.3, stuck.set).start()
+        moving.set()
+
+    real = files.write
+    monkeypatch.setattr(files, "write", write)
+    small_config.checkpoint.asynchronous = asynchronous
+    saver = Writer(tmp_path, Groups(), small_config, beat)
+    if asynchronous:
+        saver.save(4, engine, facts)
+        saver.wait()
+    else:
+        saver.save(4, engine, facts)
+    assert 2 <= len(beats) <= 4  # not one for every look
+    assert latest(tmp_path).name == "step-00000004"
+
+
+def test_a_leftover_that_cannot_be_swept_away_does_not_stop_the_next_save(
+    engine, synchronous, tmp_path, facts, monkeypatch
+):
+    left = tmp_path / "checkpoints/step-00000004.partial"
+    left.mkdir(parents=True)
+    (left / ".nfs0001").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # what is in use on NFS stays
+    Writer(tmp_path, Groups(), synchronous).save(4, engine, facts)
+    assert latest(tmp_path).name == "step-00000004"
+    Reader(latest(tmp_path)).verify()

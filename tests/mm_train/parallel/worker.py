@@ -111,7 +111,7 @@ def try_cell(cell: Cell, cfg: config.Config, groups: Groups, folder: Path) -> di
     report["steps"] = [one_step(trainer) for _ in range(HALF)]
     trainer.save()
     trainer.finish_writing()
-    groups.barrier()
+    groups.gather(None)  # rank 0 publishes
 
     again = new_trainer(cfg, groups, seed=99)
     again.resume(Reader(Path(cfg.run.dir) / "checkpoints" / f"step-{HALF:08d}"))
