@@ -42,16 +42,23 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What cannot be written into `folder`, as one clear UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder if need be, and keep it to this process.
 
     Raises UserError when another process has it, or it cannot be written. A file system without locks has none.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
     try:
         with contextlib.suppress(OSError):
             try:

@@ -85,11 +85,12 @@ def _train(
 
     from mm_train.checkpoint.reader import open_newest
     from mm_train.data import Loader, open_sources
-    from mm_train.files import locked, write_atomic
+    from mm_train.files import locked, write_atomic, writing
     from mm_train.inventory import active_parameters, parameters
     from mm_train.metrics import Metrics
     from mm_train.parallel.assemble import assemble
     from mm_train.parallel.engine import build_engine
+    from mm_train.parallel.groups import uses_deepspeed
     from mm_train.profiling import Profiler
     from mm_train.tokenizer import check_vocabulary, load_tokenizer
     from mm_train.trainer import Trainer
@@ -135,7 +136,8 @@ def _train(
         trainer.resume(reader)
     if groups.is_main:
         config.save(cfg, run_dir / "config.yaml")
-        tokenizer.save(run_dir)
+        with writing(run_dir):
+            tokenizer.save(run_dir)
     metrics.run(
         stage=cfg.run.stage,
         model=cfg.model.name,
@@ -144,7 +146,7 @@ def _train(
         world=groups.world,
         expert_parallel=groups.place.ep_size,
         tensor_parallel=groups.place.tp_size,
-        zero_stage=cfg.parallel.zero_stage,
+        zero_stage=cfg.parallel.zero_stage if uses_deepspeed(cfg.parallel, groups.world) else 0,
         micro_steps=micro_steps,
         params_total=sum(parameters(cfg.model).values()),
         params_active=sum(active_parameters(cfg.model).values()),
@@ -168,7 +170,8 @@ def _train(
         return STOPPED
     if groups.is_main:
         summary = {"step": cfg.total_steps, "tokens": cfg.total_steps * cfg.train.global_batch_tokens}
-        write_atomic(run_dir / "DONE", (json.dumps(summary) + "\n").encode())
+        with writing(run_dir):
+            write_atomic(run_dir / "DONE", (json.dumps(summary) + "\n").encode())
     metrics.done(cfg.total_steps, seconds=time.perf_counter() - started)
     metrics.close()
     return 0

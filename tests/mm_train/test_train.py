@@ -317,6 +317,20 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(finished):
     assert latest(run).name == "step-00000012"
 
 
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_loses_no_checkpoint(
+    small_config, monkeypatch, tmp_path, capsys
+):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mm_train.files.write_atomic", full)
+    config_save = tmp_path / "cfg.yaml"
+    config.save(small_config, config_save)
+    assert main([str(config_save)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot write the run folder")
+    assert latest(Path(small_config.run.dir)).name == "step-00000012"
+
+
 def test_chosen_steps_are_profiled(small_config):
     small_config.profile.steps = "3-4"
     train(small_config)
