@@ -20,6 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_mobilemoe import INT4_GROUP, MobileMoEConfig
 
+# transformers 5.24 renamed past_key_values to cache, in what `generate` passes and in what a model returns.
+CACHE_FIELD = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 Rope = tuple[Tensor, Tensor]  # cosines and sines, float32, [B or 1, 1, T, C / 2]
 
 
@@ -254,6 +256,13 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(buffer)
 
 
+def the_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
+    """The key-value cache under either name. Under a third one it must not get lost unseen: text would be wrong."""
+    for name in (name for name, value in others.items() if isinstance(value, Cache)):
+        raise TypeError(f"this version of transformers passes the cache as {name!r}, which this model does not know")
+    return past_key_values if cache is None else cache
+
+
 class MobileMoEModel(MobileMoEPreTrainedModel):
     """Everything below the head."""
 
@@ -276,9 +285,11 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states after the last norm. Takes ids or embeddings; padding may be on either side."""
+        past_key_values = the_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -298,11 +309,8 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
             hidden_states = None if hidden_states is None else (*hidden_states, x_BTD)
             x_BTD = layer(x_BTD, rope, mask, past_key_values, past)
         x_BTD = self.norm(x_BTD)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x_BTD,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=None if hidden_states is None else (*hidden_states, x_BTD),
-        )
+        hidden_states = None if hidden_states is None else (*hidden_states, x_BTD)
+        output = BaseModelOutputWithPast(x_BTD, past_key_values if use_cache else None, hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
@@ -326,12 +334,14 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [B, T, V]: of the last `logits_to_keep` positions, of those a tensor lists, or of all (0).
 
         `labels` [B, T] are the input ids, -100 where a token is not scored; the loss shifts them.
         """
+        past_key_values = the_cache(past_key_values, cache, kwargs)
         inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         hidden = self.model(*inputs, output_hidden_states=output_hidden_states, return_dict=True)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -339,7 +349,7 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BTV, labels, self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss, logits_BTV, hidden.past_key_values, hidden.hidden_states)
+        output = CausalLMOutputWithPast(loss, logits_BTV, getattr(hidden, CACHE_FIELD), hidden.hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -208,3 +208,13 @@ def test_who_sees_whom():
     assert left[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     ready = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     assert visible_keys(ready, 0, 2, cpu) is ready
+
+
+def test_a_cache_under_a_name_that_is_not_known_is_an_error_and_not_lost():
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    assert modeling_mobilemoe.the_cache(cache, None, {}) is cache
+    assert modeling_mobilemoe.the_cache(None, cache, {"loss": 1}) is cache
+    with pytest.raises(TypeError, match="'memory'"):
+        modeling_mobilemoe.the_cache(None, None, {"memory": cache})
