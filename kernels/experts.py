@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import use_triton
 from kernels.linear import FEW_ROWS, linear
+from kernels.permute import Plan, permute, unpermute
+
+Transform = Callable[[Tensor], Tensor]
 
 
 def experts_reference(
@@ -17,9 +21,10 @@ def experts_reference(
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
     counts_E: Tensor,
-    hidden_transform: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    hidden_transform: Transform | None = None,
 ) -> Tensor:
     """One dense MLP an expert, in a loop: slow and obvious. Any dtype."""
+    hidden_transform = hidden_transform or _as_it_is
     rows = x_RD.split(counts_E.tolist())
     triples = zip(rows, gate_up_EDF, down_EFD, strict=True)
     return torch.cat([hidden_transform(_swiglu(x @ gate_up)) @ down for x, gate_up, down in triples])
@@ -30,7 +35,7 @@ def experts(
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
     counts_E: Tensor,
-    hidden_transform: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    hidden_transform: Transform | None = None,
 ) -> Tensor:
     """y_r = (silu(g) * u) @ down[e], with (g, u) the halves of x_r @ gate_up[e] (gate first).
 
@@ -42,6 +47,9 @@ def experts(
         counts_E: int64 rows of each expert; they add up to R.
         hidden_transform: applied to the input of the down projection (activation quantisation).
     """
+    if use_triton(x_RD):
+        return _experts_triton(x_RD, gate_up_EDF, down_EFD, counts_E, hidden_transform)
+    hidden_transform = hidden_transform or _as_it_is
     if x_RD.dtype == torch.float64 or x_RD.shape[0] == 0:
         return experts_reference(x_RD, gate_up_EDF.to(x_RD.dtype), down_EFD.to(x_RD.dtype), counts_E, hidden_transform)
     narrow = x_RD.device.type == "cpu" and x_RD.dtype == torch.float32 and gate_up_EDF.dtype != torch.float32
@@ -50,6 +58,37 @@ def experts(
     ends_E = counts_E.cumsum(0).to(torch.int32)
     hidden_RF = F.grouped_mm(x_RD, gate_up_EDF.to(x_RD.dtype), offs=ends_E)
     return F.grouped_mm(hidden_transform(_swiglu(hidden_RF)), down_EFD.to(x_RD.dtype), offs=ends_E)
+
+
+def mixture(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    plan: Plan,
+    counts_E: Tensor,
+    gate_up_EDF: Tensor,
+    down_EFD: Tensor,
+    hidden_transform: Transform | None = None,
+) -> Tensor:
+    """y_TD: the weighted sum of each token's experts, all of which are here: unpermute(experts(permute(x))).
+
+    On CUDA one operator without permuted tokens in memory. Arguments as for `experts` and kernels.permute; `counts_E`
+    are the rows of each expert in the plan, padding included.
+    """
+    if use_triton(x_TD) and hidden_transform is None and plan.starts_E is not None and plan.used_E is not None:
+        from kernels import experts_triton
+
+        return experts_triton.mixture(
+            x_TD.contiguous(),
+            weights_TK,
+            *_with_casts(gate_up_EDF, down_EFD, x_TD.dtype),
+            plan.slot_R,
+            plan.row_TK,
+            plan.starts_E,
+            plan.used_E,
+            plan.full,
+        )[0]
+    y_RD = experts(permute(x_TD, plan), gate_up_EDF, down_EFD, counts_E, hidden_transform)
+    return unpermute(y_RD, weights_TK, plan)
 
 
 def experts_of_few_tokens(
@@ -69,12 +108,33 @@ def experts_of_few_tokens(
     return (weights_TK[:, None] @ y_TKD)[:, 0]
 
 
+def _experts_triton(
+    x_RD: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, counts_E: Tensor, hidden_transform: Transform | None
+) -> Tensor:
+    from kernels import experts_triton
+    from kernels.grouped_matmul_triton import grouped_matmul
+
+    ends_E = counts_E.cumsum(0)
+    rows = (ends_E - counts_E).int(), counts_E.int()
+    gate_up, down, gate_up_cast, down_cast = _with_casts(gate_up_EDF, down_EFD, x_RD.dtype)
+    if hidden_transform is None:
+        return experts_triton.experts(x_RD.contiguous(), gate_up, down, gate_up_cast, down_cast, *rows)[0]
+    hidden_RF = hidden_transform(_swiglu(grouped_matmul(x_RD, gate_up, gate_up_cast, *rows)))
+    return grouped_matmul(hidden_RF, down, down_cast, *rows)
+
+
+def _with_casts(gate_up_EDF: Tensor, down_EFD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both weights, which get gradients in their own dtype, and what is multiplied."""
+    gate_up_cast, down_cast = (weight.detach().to(dtype).contiguous() for weight in (gate_up_EDF, down_EFD))
+    return gate_up_EDF, down_EFD, gate_up_cast, down_cast
+
+
 def _experts_hit(
     x_RD: Tensor,
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
     counts_E: Tensor,
-    hidden_transform: Callable[[Tensor], Tensor],
+    hidden_transform: Transform,
 ) -> Tensor:
     """Only the experts that have rows, each as it lies in memory: reading whole weights costs more than the loop."""
     counts = counts_E.tolist()
@@ -85,6 +145,10 @@ def _experts_hit(
         hidden = hidden_transform(_swiglu(linear(x, gate_up_EDF[expert].T)))
         outputs.append(linear(hidden, down_EFD[expert].T))
     return torch.cat(outputs).to(x_RD.dtype)
+
+
+def _as_it_is(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _swiglu(hidden_RF: Tensor) -> Tensor:

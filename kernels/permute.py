@@ -12,23 +12,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.backend import use_triton
+from kernels.router import Places
+
 
 class Plan(NamedTuple):
-    """Where each slot goes. `full` is True when no row is padding and no slot is dropped."""
+    """Where each slot goes. `full` is True when no row is padding and no slot is dropped.
+
+    Expert e has `used_E[e]` rows from row `starts_E[e]` on (int32; only in plans that Triton made, whose kernels leave
+    the padding between out).
+    """
 
     slot_R: Tensor
     row_TK: Tensor
     full: bool
+    starts_E: Tensor | None = None
+    used_E: Tensor | None = None
 
 
-def plan_dropless(ids_TK: Tensor) -> Plan:
-    """Rows sorted by expert, within an expert by slot; every slot has a row (R = T * K)."""
+def plan_dropless(ids_TK: Tensor, counts_E: Tensor, places: Places | None = None) -> Plan:
+    """Rows sorted by expert, within an expert by slot; every slot has a row (R = T * K).
+
+    With the `places` of a routing by Triton nothing has to be sorted.
+    """
+    if places is not None:
+        return _plan_by_places(ids_TK, counts_E, places, 0)
     slot_R = torch.sort(ids_TK.flatten(), stable=True).indices
     return Plan(slot_R, invert(slot_R).view_as(ids_TK), full=True)
 
 
-def plan_capacity(ids_TK: Tensor, counts_E: Tensor, capacity: int) -> Plan:
+def plan_capacity(ids_TK: Tensor, counts_E: Tensor, capacity: int, places: Places | None = None) -> Plan:
     """Exactly `capacity` rows per expert (R = E * capacity): earlier slots first, later ones dropped, gaps padded."""
+    if places is not None:
+        return _plan_by_places(ids_TK, counts_E, places, capacity)
     num_slots, num_experts = ids_TK.numel(), counts_E.numel()
     num_rows = num_experts * capacity
     slot_S = torch.sort(ids_TK.flatten(), stable=True).indices
@@ -45,11 +61,19 @@ def plan_capacity(ids_TK: Tensor, counts_E: Tensor, capacity: int) -> Plan:
 
 def permute(x_TD: Tensor, plan: Plan) -> Tensor:
     """Copy tokens to their expert rows: x_TD -> x_RD, padding rows zero. Differentiable in x."""
+    if use_triton(x_TD):
+        from kernels import permute_triton
+
+        return permute_triton.scatter(x_TD, plan.slot_R, plan.row_TK, plan.full)
     return _Permute.apply(x_TD, plan.slot_R, plan.row_TK, plan.full)
 
 
 def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
     """Weighted sum of each token's expert rows: y_RD -> y_TD; dropped slots add nothing. Differentiable in both."""
+    if use_triton(y_RD):
+        from kernels import permute_triton
+
+        return permute_triton.gather(y_RD, weights_TK, plan.slot_R, plan.row_TK, plan.full)
     return _Unpermute.apply(y_RD, weights_TK, plan.slot_R, plan.row_TK, plan.full)
 
 
@@ -63,6 +87,13 @@ def invert(index_R: Tensor) -> Tensor:
     inverse_R = torch.empty_like(index_R)
     inverse_R[index_R] = torch.arange(index_R.numel(), device=index_R.device)
     return inverse_R
+
+
+def _plan_by_places(ids_TK: Tensor, counts_E: Tensor, places: Places, capacity: int) -> Plan:
+    from kernels import plan_triton
+
+    slot_R, row_TK, starts_E, used_E = plan_triton.plan(ids_TK, *places, counts_E, capacity)
+    return Plan(slot_R, row_TK, capacity == 0, starts_E, used_E)
 
 
 def _rows(x: Tensor, index: Tensor, full: bool) -> Tensor:

@@ -3,14 +3,56 @@
 Shapes: T tokens, E experts, K experts per token.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from kernels.backend import use_triton
+
+
+class Places(NamedTuple):
+    """Where each slot stands among its expert's slots: what kernels.permute makes rows of without sorting.
+
+    A slot is one (token, k) pair. Tokens are counted in blocks; `ahead_BE` are an expert's slots in earlier blocks.
+    """
+
+    position_TK: Tensor  # int32, within the block
+    ahead_BE: Tensor  # int32
+
+
+class Routing(NamedTuple):
+    """Everything that one pass over the router's logits finds out."""
+
+    ids_TK: Tensor  # best first; int64, or int32 from Triton
+    weights_TK: Tensor  # float32, differentiable
+    counts_E: Tensor  # int64: tokens that chose each expert
+    z_loss_sum: Tensor  # see z_loss_sum; differentiable
+    entropy_sum: Tensor  # see entropy_sum
+    places: Places | None = None  # from Triton only
+
+
+def route_and_count(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise: bool = True, scoring: str = "sigmoid"
+) -> Routing:
+    """`route`, with the counts and sums that training wants of it; on CUDA one fused kernel and a scan."""
+    if use_triton(logits_TE):
+        from kernels import router_triton
+
+        ids_TK, weights_TK, counts_E, position_TK, ahead_BE, z_B, entropy_B = router_triton.route(
+            logits_TE, bias_E, top_k, scale, normalise, scoring == "softmax"
+        )
+        places = Places(position_TK, ahead_BE)
+        return Routing(ids_TK, weights_TK, counts_E, z_B.sum(), entropy_B.sum(), places)
+    ids_TK, weights_TK = route(logits_TE, bias_E, top_k, scale, normalise, scoring)
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=logits_TE.shape[1])
+    return Routing(ids_TK, weights_TK, counts_E, z_loss_sum(logits_TE), entropy_sum(logits_TE, scoring))
 
 
 def route(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise: bool = True, scoring: str = "sigmoid"
 ) -> tuple[Tensor, Tensor]:
-    """Choose `top_k` experts a token and weigh them.
+    """Choose `top_k` experts a token and weigh them: the reference, and all that decoding needs.
 
     Args:
         logits_TE: float32 router logits.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import linear
+from kernels.router import route
 from mm_train import config, rules
 from mm_train.cli import UserError, command
 from mm_train.decode import generate
@@ -32,7 +33,7 @@ class AllExpertsLoop(MoELayer):
         return self._loop(x_TD, range(self.model.num_local_experts))
 
     def _loop(self, x_TD: Tensor, experts: Iterable[int] | None) -> Tensor:
-        ids_TK, weights_TK = self._route(self.router(x_TD))
+        ids_TK, weights_TK = route(self.router(x_TD), *self.routing_options())
         y_TD = torch.zeros_like(x_TD)
         for expert in ids_TK.unique().tolist() if experts is None else experts:
             token, k = torch.where(ids_TK == expert)

@@ -1,4 +1,4 @@
-"""Tokens to their experts and back, wherever the experts live: drop-and-pad or dropless, with or without all-to-all.
+"""Which tokens meet which experts, drop-and-pad or dropless, and the way to experts on other ranks and back.
 
 Shapes: T tokens of this rank, K experts per token, E experts over all ranks, D model width, R rows of the local
 experts.
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.permute import Plan, invert, permute, plan_capacity, plan_dropless, reorder, unpermute
+from kernels.router import Routing
 from mm_train.timing import Clock, phase
 
 
@@ -20,14 +21,14 @@ class Dispatched:
     """What `combine` needs to undo a dispatch."""
 
     plan: Plan
-    sent: list[int]  # rows this rank sent to each rank; empty without expert parallelism
+    sent: list[int]  # rows this rank sent to each rank
     received: list[int]
-    by_expert: Tensor | None = None  # received rows -> rows sorted by local expert
-    inverse: Tensor | None = None
+    by_expert: Tensor  # received rows -> rows sorted by local expert
+    inverse: Tensor
 
 
 class Dispatcher:
-    """Moves token rows to expert rows and back.
+    """Gives slots their rows, and moves token rows to experts on other ranks and back.
 
     `capacity_factor` None means dropless; otherwise every expert takes ceil(factor * T * K / E) rows from every rank,
     earlier tokens first. `group` is the expert-parallel process group (None: all experts are here). `clock`, where one
@@ -44,19 +45,17 @@ class Dispatcher:
         self.group = group
         self.ranks = 1 if group is None else dist.get_world_size(group)
 
-    def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, counts_E: Tensor, dropless: bool
-    ) -> tuple[Tensor, Tensor, Dispatched]:
-        """Returns x_RD sorted by local expert, the local experts' row counts, and the record for `combine`."""
+    def plan(self, routing: Routing, dropless: bool) -> tuple[Plan, Tensor]:
+        """Which row each slot gets, and every expert's rows, padding included; `dropless` overrules a capacity."""
+        ids_TK, counts_E = routing.ids_TK, routing.counts_E
         if dropless or self.capacity_factor is None:
-            plan, sent_E = plan_dropless(ids_TK), counts_E
-        else:
-            capacity = math.ceil(self.capacity_factor * ids_TK.numel() / self.num_experts)
-            plan, sent_E = plan_capacity(ids_TK, counts_E, capacity), torch.full_like(counts_E, capacity)
-        x_RD = permute(x_TD, plan)
-        if self.ranks == 1:
-            return x_RD, sent_E, Dispatched(plan, [], [])
+            return plan_dropless(ids_TK, counts_E, routing.places), counts_E
+        capacity = math.ceil(self.capacity_factor * ids_TK.numel() / self.num_experts)
+        return plan_capacity(ids_TK, counts_E, capacity, routing.places), torch.full_like(counts_E, capacity)
 
+    def dispatch(self, x_TD: Tensor, plan: Plan, sent_E: Tensor) -> tuple[Tensor, Tensor, Dispatched]:
+        """Returns x_RD sorted by local expert, the local experts' row counts, and the record for `combine`."""
+        x_RD = permute(x_TD, plan)
         received_E = sent_E  # [source rank, local expert], flattened; with a capacity all counts are equal
         if plan.full:
             received_E = torch.empty_like(sent_E)
@@ -74,9 +73,8 @@ class Dispatcher:
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, record: Dispatched) -> Tensor:
         """Weighted sum of each token's expert outputs: y_RD -> y_TD."""
-        if record.by_expert is not None and record.inverse is not None:
-            y_RD = reorder(y_RD, record.inverse, record.by_expert)
-            y_RD = _AllToAll.apply(y_RD, record.sent, record.received, self.group, self.clock)
+        y_RD = reorder(y_RD, record.inverse, record.by_expert)
+        y_RD = _AllToAll.apply(y_RD, record.sent, record.received, self.group, self.clock)
         return unpermute(y_RD, weights_TK, record.plan)
 
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.experts import experts, experts_of_few_tokens
+from kernels.experts import experts, experts_of_few_tokens, mixture
 from kernels.linear import FEW_ROWS
-from kernels.router import entropy_sum, route, z_loss_sum
+from kernels.permute import Plan
+from kernels.router import route, route_and_count
 from mm_train import config
 from mm_train.dispatch import Dispatcher
 from mm_train.quant import FakeQuant, Linear
@@ -56,6 +57,12 @@ class Experts(nn.Module):
             return experts(x_RD, self.gate_up_proj, self.down_proj, counts_E)
         return self.fake_quant.experts(x_RD, self.gate_up_proj, self.down_proj, counts_E)
 
+    def mixture(self, x_TD: Tensor, weights_TK: Tensor, plan: Plan, counts_E: Tensor) -> Tensor:
+        """y_TD, the weighted sum of each token's experts, when all of them are here."""
+        if self.fake_quant is None:
+            return mixture(x_TD, weights_TK, plan, counts_E, self.gate_up_proj, self.down_proj)
+        return self.fake_quant.mixture(x_TD, weights_TK, plan, counts_E, self.gate_up_proj, self.down_proj)
+
 
 class MLP(nn.Module):
     """The SwiGLU MLP that every token passes: the shared expert, or all of a dense network's feed-forward."""
@@ -88,33 +95,33 @@ class MoELayer(nn.Module):
         self.dispatcher = Dispatcher(model.num_local_experts)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStats]:
-        logits_TE = self.router(x_TD)
-        ids_TK, weights_TK = self._route(logits_TE)
-        counts_E = torch.bincount(ids_TK.flatten(), minlength=self.model.num_local_experts)
-        x_RD, local_counts, record = self.dispatcher.dispatch(x_TD, ids_TK, counts_E, dropless=not self.training)
-        y_TD = self.dispatcher.combine(self.experts(x_RD, local_counts), weights_TK, record)
+        routing = route_and_count(self.router(x_TD), *self.routing_options())
+        plan, rows_E = self.dispatcher.plan(routing, dropless=not self.training)
+        if self.dispatcher.ranks == 1:
+            y_TD = self.experts.mixture(x_TD, routing.weights_TK, plan, rows_E)
+        else:
+            x_RD, local_counts, record = self.dispatcher.dispatch(x_TD, plan, rows_E)
+            y_TD = self.dispatcher.combine(self.experts(x_RD, local_counts), routing.weights_TK, record)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
-        dropped = (record.plan.row_TK == record.plan.slot_R.numel()).sum()
-        entropy = entropy_sum(logits_TE, self.model.scoring_func)
-        return y_TD, RouterStats(counts_E, dropped, z_loss_sum(logits_TE), entropy)
+        dropped = (plan.row_TK == plan.slot_R.numel()).sum()
+        return y_TD, RouterStats(routing.counts_E, dropped, routing.z_loss_sum, routing.entropy_sum)
 
     def infer(self, x_TD: Tensor) -> Tensor:
         """The layer without statistics: y_TD of the next tokens of a generation."""
         slots = x_TD.shape[0] * self.model.num_experts_per_tok
         if x_TD.device.type != "cpu" or slots > FEW_ROWS or self.experts.fake_quant is not None:
             return self(x_TD)[0]
-        ids_TK, weights_TK = self._route(self.router(x_TD))
+        ids_TK, weights_TK = route(self.router(x_TD), *self.routing_options())
         narrow_TD = x_TD.to(self.experts.down_proj.dtype)  # as kernels.linear would, once for all
         y_TD = experts_of_few_tokens(narrow_TD, ids_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj)
         y_TD = y_TD if self.shared_expert is None else y_TD + self.shared_expert(narrow_TD)
         return y_TD.to(x_TD.dtype)
 
-    def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """ids_TK and weights_TK."""
+    def routing_options(self) -> tuple[Tensor, int, float, bool, str]:
+        """What kernels.router wants beside the logits."""
         shape = self.model
-        return route(
-            logits_TE,
+        return (
             self.expert_bias.float(),
             shape.num_experts_per_tok,
             shape.routed_scaling_factor,

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.experts import experts
+from kernels.experts import experts, mixture
 from kernels.linear import linear
+from kernels.permute import Plan
 from mm_train import config
 from mm_train.cli import UserError
 from mm_train.rules import INT4_GROUP
@@ -139,6 +140,13 @@ class FakeQuant:
         gate_up, down = (fake_quantise(w, self.expert_axis) for w in (gate_up_EDF, down_EFD))
         return experts(self.input(x_RD), gate_up, down, counts_E, self.input)
 
+    def mixture(
+        self, x_TD: Tensor, weights_TK: Tensor, plan: Plan, counts_E: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor
+    ) -> Tensor:
+        """kernels.experts.mixture, likewise: a token is quantised once, not once an expert."""
+        gate_up, down = (fake_quantise(w, self.expert_axis) for w in (gate_up_EDF, down_EFD))
+        return mixture(self.input(x_TD), weights_TK, plan, counts_E, gate_up, down, self.input)
+
 
 class Linear(nn.Module):
     """y = x W^T with W [out, in], no bias; quantisation-aware when `fake_quant` is set."""
@@ -174,7 +182,7 @@ class Embedding(nn.Module):
 
     def cross_entropy_sum(self, hidden_ND: Tensor, table_VD: Tensor, labels_N: Tensor) -> Tensor:
         """Loss of the tied head, see kernels.cross_entropy.linear_cross_entropy."""
-        return linear_cross_entropy(self.head_input(hidden_ND), table_VD.to(hidden_ND.dtype), labels_N)
+        return linear_cross_entropy(self.head_input(hidden_ND), table_VD, labels_N)
 
     def head_input(self, x: Tensor) -> Tensor:
         """Hidden states as the head sees them."""

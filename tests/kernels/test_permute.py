@@ -18,7 +18,7 @@ def choose(num_tokens, top_k, num_experts, seed):
 def test_dropless_rows_are_the_slots_sorted_by_expert(shape):
     ids, counts = choose(*shape)
     top_k = ids.shape[1]
-    plan = plan_dropless(ids)
+    plan = plan_dropless(ids, counts)
     want = [
         t * top_k + k
         for e in range(len(counts))
@@ -50,7 +50,7 @@ def test_capacity_keeps_the_first_slots_of_each_expert(shape, capacity):
 @given(shapes, st.one_of(st.none(), st.integers(1, 3)))
 def test_there_and_back_is_the_weighted_sum_of_what_was_kept(shape, capacity):
     ids, counts = choose(*shape)
-    plan = plan_dropless(ids) if capacity is None else plan_capacity(ids, counts, capacity)
+    plan = plan_dropless(ids, counts) if capacity is None else plan_capacity(ids, counts, capacity)
     x = torch.randn(ids.shape[0], 3, dtype=torch.float64)
     weights = torch.rand(ids.shape, dtype=torch.float64)
     kept = (plan.row_TK < plan.slot_R.numel()).double()
@@ -76,7 +76,7 @@ def test_reorder_and_its_gradient():
 def test_gradients_of_both_directions():
     for capacity in (None, 2):
         ids, counts = choose(6, 2, 5, 1)
-        plan = plan_dropless(ids) if capacity is None else plan_capacity(ids, counts, capacity)
+        plan = plan_dropless(ids, counts) if capacity is None else plan_capacity(ids, counts, capacity)
         x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
         y = torch.randn(plan.slot_R.numel(), 3, dtype=torch.float64, requires_grad=True)
         weights = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
