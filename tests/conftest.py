@@ -9,14 +9,30 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from hypothesis import settings
 
 from mm_train import config
 from mm_train.shards import ShardWriter
 from mm_train.tokenizer import Tokenizer, assemble
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter then, which has to be chosen before one of them is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile("no deadline", deadline=None)  # machines that run tests are busy
 settings.load_profile("no deadline")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton's kernels run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

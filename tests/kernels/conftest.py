@@ -1,22 +1,10 @@
 """Triton kernels against their references: on a GPU where there is one, else in Triton's interpreter.
 
-The interpreter has to be chosen before a kernel is imported. It is right in float32 only: 16 bits wait for a GPU
-(test_gpu.py).
+The interpreter is right in float32 only: 16 bits wait for a GPU (test_gpu.py).
 """
-
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the kernels run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
