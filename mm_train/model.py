@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.attention import Lengths, attends_by_lengths, document_attention
 from kernels.linear import linear
 from mm_train import config
 from mm_train.kv_cache import KVCache
@@ -23,6 +24,9 @@ from mm_train.moe import MLP, MoELayer, RouterStats
 from mm_train.quant import Embedding, Linear
 from mm_train.weights import fill, initial
 
+# What a query may look at: where a mask [B, T, S] (causal included) is True, or 0 rather than -inf; documents of these
+# lengths, back from itself; or all before it.
+Seen = Tensor | Lengths | None
 # New keys and values [B, G, T, C] -> all that can be seen [B, G, S, C].
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -101,11 +105,8 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, kv_heads * model.head_dim)
         self.o_proj = Linear(heads * model.head_dim, width)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, mask_BTS: Tensor | None, append: Append | None = None) -> Tensor:
-        """`mask_BTS` (causal included) is True, or 0 rather than -inf, where a query may look; None: plain causal.
-
-        `append` takes the new keys and values and returns all that can be seen (mm_train.kv_cache).
-        """
+    def forward(self, x_BTD: Tensor, rope: Tensor, seen: Seen, append: Append | None = None) -> Tensor:
+        """`append` takes the new keys and values and returns all that can be seen (mm_train.kv_cache)."""
         head_dim, eps = self.model.head_dim, self.model.rms_norm_eps
         q_BTHC, k_BTGC, v_BTGC = (
             proj(x_BTD).unflatten(-1, (-1, head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -113,6 +114,11 @@ class Attention(nn.Module):
         q_BTHC, k_BTGC = (
             apply_rope(F.rms_norm(t.float(), (head_dim,), eps=eps).to(t.dtype), rope) for t in (q_BTHC, k_BTGC)
         )
+        if isinstance(seen, Lengths):
+            k_BTHC, v_BTHC = (t.repeat_interleave(self.group, dim=2) for t in (k_BTGC, v_BTGC))
+            q_NHC, k_NHC, v_NHC = (t.flatten(0, 1) for t in (q_BTHC, k_BTHC, v_BTHC))
+            out_NHC = document_attention(q_NHC, k_NHC, v_NHC, seen)
+            return self.o_proj(out_NHC.view_as(q_BTHC).flatten(2))
         q_BHTC, k_BGSC, v_BGSC = (t.transpose(1, 2) for t in (q_BTHC, k_BTGC, v_BTGC))
         if append is None:
             # CUDA's fused attention takes grouped heads without a mask only.
@@ -123,8 +129,8 @@ class Attention(nn.Module):
             q_BHTC,
             k_BGSC,
             v_BGSC,
-            attn_mask=None if mask_BTS is None else mask_BTS[:, None],
-            is_causal=mask_BTS is None and q_BHTC.shape[2] > 1,
+            attn_mask=None if seen is None else seen[:, None],
+            is_causal=seen is None and q_BHTC.shape[2] > 1,
             enable_gqa=append is not None,
         )
         return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))
@@ -143,9 +149,9 @@ class Layer(nn.Module):
         self.feed_forward = MoELayer(model) if model.num_local_experts else MLP(model)
 
     def forward(
-        self, x_BTD: Tensor, rope: Tensor, mask_BTS: Tensor | None, append: Append | None = None
+        self, x_BTD: Tensor, rope: Tensor, seen: Seen, append: Append | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask_BTS, append)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, seen, append)
         h_ND, stats = self.post_attention_layernorm(x_BTD).flatten(0, 1), None
         if isinstance(self.feed_forward, MoELayer):
             y_ND, stats = (self.feed_forward.infer(h_ND), None) if append else self.feed_forward(h_ND)
@@ -176,20 +182,27 @@ class MobileMoE(nn.Module):
         self.model = Backbone(model)
 
     def forward(
-        self, tokens_BT: Tensor, labels_BT: Tensor | None = None, document_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        document_BT: Tensor | None = None,
+        lengths: Lengths | None = None,
     ) -> Tensor | Losses:
         """Logits [B, T, V], or Losses when `labels_BT` is given: engines call the module, so both go through here."""
         if labels_BT is None:
             return self.logits(self.hidden(tokens_BT))
-        return self.losses(tokens_BT, labels_BT, document_BT)
+        return self.losses(tokens_BT, labels_BT, document_BT, lengths)
 
-    def losses(self, tokens_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Losses:
+    def losses(
+        self, tokens_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None, lengths: Lengths | None = None
+    ) -> Losses:
         """Training sums. Labels are kernels.cross_entropy.IGNORE where a token is not scored.
 
-        `document_BT` numbers the document of each token: attention stays inside a document.
+        `document_BT` numbers the document of each token: attention stays inside a document. `lengths` says the same,
+        and is what is used where attention by lengths is the fast way.
         """
         table_VD = self.model.embed_tokens.table()
-        hidden_BTD, stats = self._backbone(tokens_BT, document_BT, table_VD)
+        hidden_BTD, stats = self._backbone(tokens_BT, document_BT, table_VD, lengths=lengths)
         head = self.model.embed_tokens.cross_entropy_sum
         cross_entropy_sum = head(hidden_BTD.flatten(0, 1), table_VD, labels_BT.flatten())
         if not stats:  # a dense network
@@ -218,27 +231,34 @@ class MobileMoE(nn.Module):
         return KVCache(self.config, rows, capacity, self.compute_dtype, device, padding)
 
     def _backbone(
-        self, tokens_BT: Tensor, document_BT: Tensor | None, table_VD: Tensor, cache: KVCache | None = None
+        self,
+        tokens_BT: Tensor,
+        document_BT: Tensor | None,
+        table_VD: Tensor,
+        cache: KVCache | None = None,
+        lengths: Lengths | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
         x_BTD = self.model.embed_tokens.lookup(tokens_BT, table_VD).to(self.compute_dtype)
         columns, device = tokens_BT.shape[1], tokens_BT.device
-        mask_BTS = None
+        seen: Seen = None
         if cache is not None:
-            positions, mask_BTS = cache.positions(columns, device), cache.mask(columns, device)
+            positions, seen = cache.positions(columns, device), cache.mask(columns, device)
         else:
             # Rotation is relative, so positions need not restart at a document's start.
             positions = torch.arange(columns, device=device)
-        if document_BT is not None:
-            mask_BTS = document_mask(document_BT, self.compute_dtype)
+        if lengths is not None and attends_by_lengths(x_BTD):
+            seen = lengths
+        elif document_BT is not None:
+            seen = document_mask(document_BT, self.compute_dtype)
         rope = rope_table(self.config, positions)
         all_stats = []
         for index, layer in enumerate(self.model.layers):
             append = None if cache is None else functools.partial(cache.append, index)
             if self.recompute and torch.is_grad_enabled():
                 # Statistics are what the first pass returns: the second one's are thrown away, so nothing counts twice.
-                x_BTD, stats = checkpoint(layer, x_BTD, rope, mask_BTS, use_reentrant=False, preserve_rng_state=False)
+                x_BTD, stats = checkpoint(layer, x_BTD, rope, seen, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD, stats = layer(x_BTD, rope, mask_BTS, append)
+                x_BTD, stats = layer(x_BTD, rope, seen, append)
             if stats is not None:
                 all_stats.append(stats)
         if cache is not None:

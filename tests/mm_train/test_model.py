@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from kernels.attention import Lengths
 from kernels.cross_entropy import IGNORE
 from mm_train import config, inventory
 from mm_train.model import MobileMoE, rope_frequencies
@@ -168,6 +169,22 @@ def test_documents_do_not_see_each_other(model):
     packed = model(both, labels, document).cross_entropy_sum
     alone = -torch.log_softmax(model(second)[0, 8], -1)[7]
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_by_lengths_gives_what_the_mask_gives(model, monkeypatch):
+    document = torch.tensor([[0] * 8 + [1] * 12, [0] * 20])
+    lengths = Lengths(torch.tensor([0, 8, 20, 40], dtype=torch.int32), 20)
+    torch.manual_seed(0)
+    tokens, labels = (torch.randint(0, model.config.vocab_size, (2, 20)) for _ in range(2))
+    results = []
+    for by_lengths in (False, True):
+        monkeypatch.setattr("mm_train.model.attends_by_lengths", lambda x, answer=by_lengths: answer)
+        model.zero_grad()
+        losses = model(tokens, labels, document, lengths)
+        losses.cross_entropy_sum.backward()
+        results.append((losses.cross_entropy_sum, model.model.layers[0].self_attn.q_proj.weight.grad))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_crosses_a_document_boundary_in_a_row_of_8192(small_model):
