@@ -1,11 +1,18 @@
-"""Which implementation serves a tensor: Triton kernels on CUDA, plain torch elsewhere."""
+"""Which implementation serves a tensor: Triton kernels on CUDA, plain torch elsewhere. Does not import torch."""
 
+from __future__ import annotations
+
+import functools
+import importlib.util
 import os
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-CHOICES = ("", "reference", "triton")
+
+class KernelError(ValueError):
+    """Kernels were asked for that cannot run here: a message in one line."""
 
 
 def use_triton(x: Tensor) -> bool:
@@ -14,13 +21,23 @@ def use_triton(x: Tensor) -> bool:
     The environment variable MM_KERNELS=reference|triton forces one. On a CPU Triton runs in its interpreter only
     (TRITON_INTERPRET=1): slow, for tests.
 
-    Raises ValueError for another value of MM_KERNELS, and where Triton is forced and cannot run.
+    Raises KernelError for another value of MM_KERNELS, and where Triton is needed and cannot run.
     """
     forced = os.environ.get("MM_KERNELS", "")
-    if forced not in CHOICES:
-        raise ValueError(f"MM_KERNELS is {forced!r}; it must be 'reference' or 'triton', or not set")
-    if x.dtype == torch.float64 or forced == "reference":
+    if forced not in ("", "reference", "triton"):
+        raise KernelError(f"MM_KERNELS is {forced!r}; it must be 'reference' or 'triton', or not set")
+    if x.element_size() > 4 or forced == "reference":
         return False
-    if forced == "triton" and x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"MM_KERNELS is 'triton' for a tensor on {x.device.type}: set TRITON_INTERPRET=1 too")
-    return forced == "triton" or x.device.type == "cuda"
+    on_cuda = x.device.type == "cuda"
+    if not (on_cuda or forced == "triton"):
+        return False
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise KernelError(f"MM_KERNELS is 'triton' for a tensor on {x.device.type}: set TRITON_INTERPRET=1 too")
+    if not _triton_is_installed():
+        raise KernelError("Triton is not installed: pip install triton, or set MM_KERNELS=reference")
+    return True
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from kernels.backend import KernelError
+
 
 class UserError(Exception):
     """A mistake that the user can mend: says what is wrong, the value, and what would be right.
@@ -29,7 +31,8 @@ def first_line(error: BaseException) -> str:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's `main(argv=None)`: a UserError becomes one line on stderr and exit status 2.
+    """Wrap a command's `main(argv=None)`: a UserError becomes one line on stderr and exit status 2; so do kernels that
+    the environment asks for and that cannot run.
 
     Ctrl-C exits with 130 and a broken pipe with 141 like other Unix programs, both without a traceback. Anything else
     is a defect of ours and keeps its traceback.
@@ -39,7 +42,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     def wrapped(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
-        except UserError as error:
+        except (UserError, KernelError) as error:
             rank = os.environ.get("RANK", "0")
             if rank != "0":
                 # All ranks usually fail alike. Rank 0 speaks first and the launcher then ends the others; what is
@@ -47,7 +50,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
                 time.sleep(3)
             prefix = f"[rank {rank}] " if rank != "0" else ""
             print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            return error.status
+            return error.status if isinstance(error, UserError) else UserError.status
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kernels.backend import use_triton
+from mm_train.cli import command
 
 
 def test_a_cpu_takes_the_reference_unless_told_otherwise(monkeypatch):
@@ -24,3 +25,13 @@ def test_what_cannot_be_is_said(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
         use_triton(torch.zeros(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("kernels.backend._triton_is_installed", lambda: False)
+    with pytest.raises(ValueError, match="pip install triton, or set MM_KERNELS=reference"):
+        use_triton(torch.zeros(1))
+
+
+def test_a_command_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("MM_KERNELS", "fast")
+    assert command(lambda: use_triton(torch.zeros(1)))() == 2
+    assert capsys.readouterr().err == "error: MM_KERNELS is 'fast'; it must be 'reference' or 'triton', or not set\n"
