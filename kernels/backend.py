@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class KernelError(ValueError):
@@ -33,11 +34,6 @@ def use_triton(x: Tensor) -> bool:
         return False
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise KernelError(f"MM_KERNELS is 'triton' for a tensor on {x.device.type}: set TRITON_INTERPRET=1 too")
-    if not _triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         raise KernelError("Triton is not installed: pip install triton, or set MM_KERNELS=reference")
     return True
-
-
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
