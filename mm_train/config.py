@@ -72,6 +72,11 @@ class Data:
     mixture: dict[str, float] = field(default_factory=dict)
     validation: list[str] = field(default_factory=list)  # sources whose held-out split is scored
     seq_len: int = 512  # tokens a row
+    workers: int = 2  # threads that read ahead; 0: none, the training loop reads
+    ahead: int = 1  # optimizer steps whose batches they have ready
+    verify: bool = True  # compare every 64 KiB of a shard with its checksum when first read
+    max_epochs: float = 4.0  # a source that the stage repeats more often is warned about at the start
+    on_change: str = "refuse"  # refuse | continue: what a resumed run does when its mixture or shards have changed
 
 
 @dataclass

@@ -83,6 +83,7 @@ def _train(
 ) -> int:
     import torch
 
+    from mm_train import data_plan
     from mm_train.checkpoint.reader import open_newest
     from mm_train.data import Loader, open_sources
     from mm_train.files import locked, write_atomic, writing
@@ -100,7 +101,11 @@ def _train(
     run_dir = Path(cfg.run.dir)
 
     # --- data and place -------------------------------------------------------------------------------------------
-    loader = Loader(cfg.data.path, cfg.data.mixture, cfg.data.seq_len, cfg.train.seed)
+    data = cfg.data
+    loader = Loader(
+        data.path, data.mixture, data.seq_len, cfg.train.seed, data.workers, data.ahead, checked=data.verify
+    )
+    held.callback(loader.close)
     held_out = open_sources(cfg.data.path, cfg.data.validation, "val", cfg.data.seq_len)
     tokenizer = load_tokenizer(cfg.data.path)
     check_vocabulary(tokenizer, cfg.model)
@@ -155,8 +160,16 @@ def _train(
         data_mixture={name: quota / 1000 for name, quota in loader.mixture.quotas.items()},
         epochs=loader.mixture.epochs(cfg.total_steps * trainer.rows),
     )
+    reading = data_plan.plan(loader.mixture, cfg.data.seq_len, cfg.total_steps * trainer.rows)
+    for line in data_plan.lines(reading):
+        metrics.say(line)
+    repeated = data_plan.too_often(reading, cfg.data.max_epochs)
+    if repeated and trainer.step == 0:
+        metrics.alert(0, "data repeated", repeated)
     for notice in notices:
         metrics.alert(trainer.step, "damaged checkpoint", notice)
+    if trainer.data_change:
+        metrics.alert(trainer.step, "data mixture changed", trainer.data_change)
     if reader is not None:
         metrics.say(f"resuming after step {trainer.step} from {reader.folder}")
     with Profiler(cfg.profile.steps, run_dir, groups.rank, groups.device, metrics.say, cfg.total_steps) as profiler:

@@ -86,7 +86,7 @@ def _sum_rows(
         # All ranks make equally many forward passes, as all-to-all needs; rows beyond the end score nothing.
         first = start + groups.dp_rank * rows
         mine = [windows[i % len(windows)] for i in range(first, first + rows)]
-        batch = collate([reader.window(window, seq_len) for window in mine]).to(groups.device)
+        batch = collate([reader.row(window, seq_len) for window in mine]).to(groups.device)
         batch.labels_BT[max(0, len(windows) - first) :] = IGNORE
         losses = model.losses(batch.tokens_BT, batch.labels_BT, batch.document_BT)
         scored = batch.labels_BT[batch.labels_BT != IGNORE]
