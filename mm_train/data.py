@@ -172,29 +172,37 @@ def open_sources(
 
 
 def collate(rows: Sequence[Row], sources: tuple[str, ...] = ()) -> Batch:
-    """Rows of T + 1 tokens -> Batch of T. Every token is copied once into tokens and once into labels."""
-    shape = len(rows), len(rows[0].tokens) - 1
-    tokens_BT, labels_BT = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-    borders, numbers = [], []
+    """Rows of T + 1 tokens -> Batch of T.
+
+    Every token is copied once into tokens and once into labels. Document starts are few: what depends on them is
+    computed for all rows together, a call of numpy costing as much as copying a row.
+    """
+    num_rows, length = len(rows), len(rows[0].tokens) - 1
+    tokens_BT, labels_BT = (np.empty((num_rows, length), dtype=np.int64) for _ in range(2))
     for i, row in enumerate(rows):
-        tokens_BT[i] = row.tokens[:-1]
-        labels_BT[i] = row.tokens[1:]
+        tokens_BT[i], labels_BT[i] = row.tokens[:-1], row.tokens[1:]
         if row.mask is not None:
             np.copyto(labels_BT[i], IGNORE, where=row.mask[1:] == 0)
-        at_begin = len(row.starts) > 0 and row.starts[0] == 0
-        within = row.starts[1:] if at_begin else row.starts
-        labels_BT[i, within - 1] = IGNORE
-        within = within[: np.searchsorted(within, shape[1])]  # the last token of a row is a label only
-        borders += [[i * shape[1]], within + i * shape[1]]
-        numbers.append(np.arange(at_begin, at_begin + 1 + len(within), dtype=np.int32))
-    cu_seqlens = np.concatenate([*borders, [len(rows) * shape[1]]]).astype(np.int32)
-    lengths = np.diff(cu_seqlens)
-    document_BT = np.repeat(np.concatenate(numbers), lengths).reshape(shape)
+    starts = np.concatenate([row.starts for row in rows])
+    owner = np.repeat(np.arange(num_rows), [len(row.starts) for row in rows])
+    inside = starts > 0
+    labels_BT[owner[inside], starts[inside] - 1] = IGNORE
+
+    inside &= starts < length  # the last token of a row is a label only
+    row_begins = np.arange(0, num_rows * length, length)
+    begins = np.concatenate([row_begins, starts[inside] + owner[inside] * length])
+    begins.sort()
+    row_of = begins // length
+    # The number of a document is that of the starts so far in its row.
+    numbers = np.arange(len(begins)) - begins.searchsorted(row_begins)[row_of]
+    numbers += np.bincount(owner[starts == 0], minlength=num_rows)[row_of]
+    cu_seqlens = np.append(begins, num_rows * length)
+    lengths = cu_seqlens[1:] - begins
     return Batch(
         torch.from_numpy(tokens_BT),
         torch.from_numpy(labels_BT),
-        torch.from_numpy(document_BT),
+        torch.from_numpy(np.repeat(numbers.astype(np.int32), lengths).reshape(num_rows, length)),
         sources,
-        torch.from_numpy(cu_seqlens),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
         int(lengths.max()),
     )

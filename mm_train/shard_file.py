@@ -31,15 +31,14 @@ class ShardFile(ABC):
 
     def starts(self, low: int, high: int) -> np.ndarray:
         """Which of the tokens [low, high) begin a document: positions relative to `low`, ascending, int64."""
-        first = self._first_documents
-        block = self.block_bytes // 4  # tokens
-        if first is None:
+        documents, block = self._first_documents, self.block_bytes // 4  # tokens
+        if documents is None:
             begin, end = 0, self.sizes["offsets"] // 8
         else:
-            begin, end = int(first[low // block]), int(first[-(-high // block)])
+            begin, end = int(documents[low // block]), int(documents[-(-high // block)])
         offsets = self.read("offsets", begin, end).view(np.int64)
-        inside = offsets[np.searchsorted(offsets, low) : np.searchsorted(offsets, high)]
-        return inside - low
+        first_inside, beyond = offsets.searchsorted((low, high)).tolist()
+        return offsets[first_inside:beyond] - low
 
     def check(self, member: str, block: int, data: np.ndarray) -> None:
         """Raises UserError unless `data` is the block of a member that was written."""

@@ -40,7 +40,7 @@ from mm_train.manifest import BLOCK, DTYPES, Manifest, Member, Shard, block_crcs
 from mm_train.shard_file import LocalShard, ShardFile, wrong_size
 
 TAR_BLOCK = 512  # tar aligns members to this, so uint64 views of a mapped shard are aligned
-MAX_OPEN_SHARDS = 64  # of a source: a mapped file holds a file descriptor
+MAX_OPEN_SHARDS = 32  # of a source: a mapped file holds a file descriptor
 
 
 class ShardWriter:
@@ -218,11 +218,12 @@ class ShardReader:
         with os.scandir(self.folder) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries}
         for shard in shards:
-            size, file = sizes.get(shard.file), self.folder / shard.file
+            size = sizes.get(shard.file)
             if size is None:
+                file = self.folder / shard.file
                 raise UserError(f"missing shard {file}: {shard.size} bytes expected; prepare the data again")
             if size != shard.size:
-                raise wrong_size(str(file), size, shard.size)
+                raise wrong_size(str(self.folder / shard.file), size, shard.size)
 
     def num_windows(self, seq_len: int) -> int:
         """How many windows of `seq_len` inputs there are (each holds one token more, for the labels)."""

@@ -57,6 +57,7 @@ TORCH_FREE = (
     "shard_file",
     "sharding",
     "shards",
+    "simulated",
     "stopping",
     "tokenizer",
     "watchdog",
