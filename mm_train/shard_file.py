@@ -31,7 +31,7 @@ class ShardFile(ABC):
 
     def starts(self, low: int, high: int) -> np.ndarray:
         """Which of the tokens [low, high) begin a document: positions relative to `low`, ascending, int64."""
-        documents, block = self._first_documents, self.block_bytes // 4  # tokens
+        documents, block = self.first_documents, self.block_bytes // 4  # tokens
         if documents is None:
             begin, end = 0, self.sizes["offsets"] // 8
         else:
@@ -71,7 +71,7 @@ class ShardFile(ABC):
         return crcs
 
     @cached_property
-    def _first_documents(self) -> np.ndarray | None:
+    def first_documents(self) -> np.ndarray | None:
         """Number of the first document that begins in or after each block of tokens, and of all; None in format 1."""
         return None if self.shard.crc32 is not None else self._index[sum(map(len, self._crcs.values())) :]
 
