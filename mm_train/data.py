@@ -17,10 +17,12 @@ from torch import Tensor
 
 from kernels.cross_entropy import IGNORE
 from mm_train import mixture_change
+from mm_train.block_cache import BlockCache
 from mm_train.cli import UserError
 from mm_train.manifest import check_one_tokenizer
 from mm_train.order import Mixture
 from mm_train.read_ahead import ReadAhead
+from mm_train.remote import RemoteFolder, is_url
 from mm_train.shards import Row, ShardReader
 from mm_train.tokenizer import load_tokenizer
 
@@ -69,14 +71,15 @@ class Loader:
         workers: int = 0,
         ahead: int = 1,
         checked: bool = True,
+        cache: BlockCache | None = None,
     ) -> None:
         """`workers` threads read `ahead` global batches further than the one that is asked for; 0: none does.
 
-        `checked`: see ShardReader. Raises UserError for a missing source, a damaged shard, or sources of different
-        tokenizers.
+        `path` is a folder or a URL, `cache` is for what is read from there; `checked`: see ShardReader. Raises
+        UserError for a missing source, a damaged shard, or sources of different tokenizers.
         """
         self.seq_len = seq_len
-        self.readers = open_sources(path, weights, "train", seq_len, checked)
+        self.readers = open_sources(path, weights, "train", seq_len, checked, cache)
         windows = {name: reader.num_windows(seq_len) for name, reader in self.readers.items()}
         self._weights, self._num_windows = dict(weights), windows
         self._since: dict[str, Any] | None = None  # where this mixture took over from another one
@@ -146,21 +149,29 @@ class Loader:
 
 
 def open_sources(
-    path: str | Path, names: Iterable[str], split: str, seq_len: int, checked: bool = True
+    path: str | Path,
+    names: Iterable[str],
+    split: str,
+    seq_len: int,
+    checked: bool = True,
+    cache: BlockCache | None = None,
 ) -> dict[str, ShardReader]:
-    """Readers of `split` of each named source of the data set folder `path`, fit for rows of `seq_len`.
+    """Readers of `split` of each named source of the data set in the folder or URL `path`, fit for rows of `seq_len`.
 
     Raises UserError for a missing folder, source or shard, sources of different tokenizers, a packed source of another
     row length, and a source without a single full row.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"data set folder not found: {path} (prepare one with python -m data_prep.run)")
-    for name in names:
-        if not (path / name / split).is_dir():
-            found = sorted(p.parent.name for p in path.glob(f"*/{split}"))
-            raise UserError(f"data set {path} has no {split} split of source {name!r}; it has: {', '.join(found)}")
-    readers = {name: ShardReader(path / name / split, checked) for name in names}
+    if is_url(path):
+        readers = {name: ShardReader(RemoteFolder(f"{path}/{name}/{split}", cache), checked) for name in names}
+    else:
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"data set folder not found: {path} (prepare one with python -m data_prep.run)")
+        for name in names:
+            if not (path / name / split).is_dir():
+                found = sorted(p.parent.name for p in path.glob(f"*/{split}"))
+                raise UserError(f"data set {path} has no {split} split of source {name!r}; it has: {', '.join(found)}")
+        readers = {name: ShardReader(path / name / split, checked) for name in names}
     check_one_tokenizer((reader.manifest for reader in readers.values()), load_tokenizer(path).sha256)
     for name, reader in readers.items():
         if reader.num_windows(seq_len) == 0:

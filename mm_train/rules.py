@@ -71,6 +71,7 @@ RANGES = {
     "data.seq_len": Range(0, WIDTH, above=True),
     "data.workers": Range(0, 256),
     "data.ahead": Range(0, 1024),
+    "data.cache_gib": Range(0, 1e6),
     "data.max_epochs": Range(0, COUNT, above=True),
     "train.tokens": Range(0, 10**18, above=True),
     "train.global_batch_tokens": Range(0, COUNT, above=True),

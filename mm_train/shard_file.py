@@ -1,12 +1,14 @@
 """One shard, opened: ranges of its members, each block of them compared with its crc32 when it is first read.
 
-Torch-free. `LocalShard` is a memory map. `mm_train.remote` has the same for shards behind a URL.
+Torch-free. `LocalShard` is a memory map; remote.py has the same for shards behind a URL.
 """
 
+import os
 import zlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -74,6 +76,39 @@ class ShardFile(ABC):
     def first_documents(self) -> np.ndarray | None:
         """Number of the first document that begins in or after each block of tokens, and of all; None in format 1."""
         return None if self.shard.crc32 is not None else self._index[sum(map(len, self._crcs.values())) :]
+
+
+class Place(Protocol):
+    """A folder of shards, here or elsewhere. `str` of it is for messages."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises FileNotFoundError when there is none."""
+
+    def sizes(self) -> dict[str, int] | None:
+        """File name -> bytes; None where a folder cannot be listed."""
+
+    def open_shard(self, shard: Shard, manifest: Manifest, checked: bool) -> ShardFile:
+        """Raises UserError when it is missing or of another size."""
+
+
+class LocalFolder:
+    """A Place in the local file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def sizes(self) -> dict[str, int]:
+        with os.scandir(self.path) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries}
+
+    def open_shard(self, shard: Shard, manifest: Manifest, checked: bool) -> ShardFile:
+        return LocalShard(self.path / shard.file, shard, manifest, checked)
 
 
 class LocalShard(ShardFile):

@@ -36,10 +36,22 @@ import numpy as np
 
 from mm_train.cli import UserError
 from mm_train.files import publish
-from mm_train.manifest import BLOCK, DTYPES, Manifest, Member, Shard, block_crcs, read_manifest, write_manifest
-from mm_train.shard_file import LocalShard, ShardFile, wrong_size
+from mm_train.manifest import (
+    BLOCK,
+    DTYPES,
+    NAME,
+    Manifest,
+    Member,
+    Shard,
+    block_crcs,
+    missing,
+    parse_manifest,
+    write_manifest,
+)
+from mm_train.shard_file import LocalFolder, Place, ShardFile, wrong_size
 
 TAR_BLOCK = 512  # tar aligns members to this, so uint64 views of a mapped shard are aligned
+PIECE = 1 << 24  # bytes hashed at a time
 MAX_OPEN_SHARDS = 32  # of a source: a mapped file holds a file descriptor
 
 
@@ -197,17 +209,24 @@ class Row(NamedTuple):
 class ShardReader:
     """Random access to the windows of one SOURCE/SPLIT folder.
 
-    Attributes: `folder`, `manifest`, `num_tokens`. Cheap to open: only the manifest is read and file sizes are looked
-    up. May be used by several threads.
+    Attributes: `folder`, `manifest`, `num_tokens`. Cheap to open: only the manifest is read and, where a folder can be
+    listed, file sizes are looked up. May be used by several threads.
     """
 
-    def __init__(self, folder: str | Path, checked: bool = True):
-        """`checked`: compare each block with its crc32 when it is first read, 64 KiB for the sake of any window in it.
+    def __init__(self, folder: str | Path | Place, checked: bool = True):
+        """`folder` is a path, or a remote.RemoteFolder.
 
+        `checked`: compare each block with its crc32 when it is first read, 64 KiB for the sake of any window in it.
         Raises UserError when the manifest is missing or damaged, or a shard is missing or of the wrong size.
         """
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.folder: Place = LocalFolder(Path(folder)) if isinstance(folder, str | Path) else folder
+        try:
+            data = self.folder.read(NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            raise missing(str(self.folder)) from None
+        except PermissionError as error:
+            raise UserError(f"cannot read {self.folder}/{NAME}: {error.strerror}") from None
+        self.manifest = parse_manifest(data, f"{self.folder}/{NAME}")
         self.num_tokens = self.manifest.num_tokens
         shards = self.manifest.shards
         # Of shards, in tokens, plus the end.
@@ -215,15 +234,14 @@ class ShardReader:
         self._checked = checked
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
-        with os.scandir(self.folder) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries}
+        sizes = self.folder.sizes()
         for shard in shards:
-            size = sizes.get(shard.file)
+            size = shard.size if sizes is None else sizes.get(shard.file)
             if size is None:
-                file = self.folder / shard.file
+                file = f"{self.folder}/{shard.file}"
                 raise UserError(f"missing shard {file}: {shard.size} bytes expected; prepare the data again")
             if size != shard.size:
-                raise wrong_size(str(self.folder / shard.file), size, shard.size)
+                raise wrong_size(f"{self.folder}/{shard.file}", size, shard.size)
 
     def num_windows(self, seq_len: int) -> int:
         """How many windows of `seq_len` inputs there are (each holds one token more, for the labels)."""
@@ -267,11 +285,13 @@ class ShardReader:
 
     def verify(self) -> None:
         """Read everything and compare the sha256 of each shard. Raises UserError naming the first that differs."""
-        for shard in self.manifest.shards:
-            with (self.folder / shard.file).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                raise UserError(f"corrupt shard {self.folder / shard.file}: sha256 {found}, expected {shard.sha256}")
+        for index, shard in enumerate(self.manifest.shards):
+            hashed, opened = hashlib.sha256(), self.shard(index)
+            for begin in range(0, shard.size, PIECE):
+                hashed.update(opened.raw(begin, min(PIECE, shard.size - begin)).data)
+            if hashed.hexdigest() != shard.sha256:
+                found = f"sha256 {hashed.hexdigest()}, expected {shard.sha256}"
+                raise UserError(f"corrupt shard {self.folder}/{shard.file}: {found}")
 
     def shard(self, index: int) -> ShardFile:
         """Shard `index`, opened; at most MAX_OPEN_SHARDS stay so."""
@@ -281,7 +301,7 @@ class ShardReader:
                 if len(self._open) >= MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
                 shard = self.manifest.shards[index]
-                opened = LocalShard(self.folder / shard.file, shard, self.manifest, self._checked)
+                opened = self.folder.open_shard(shard, self.manifest, self._checked)
                 self._open[index] = opened
             return opened
 

@@ -29,6 +29,7 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {  # files or folders that alone may
 TORCH_FREE = (
     "alerts",
     "anomalies",
+    "block_cache",
     "checkpoint",
     "checkpoint.folders",
     "cli",
@@ -49,6 +50,7 @@ TORCH_FREE = (
     "model_card",
     "order",
     "release_format",
+    "remote",
     "report",
     "read_ahead",
     "rules",
