@@ -1,9 +1,17 @@
-"""How far the prepared text goes: what a stage reads of each source against what there is. Torch-free."""
+"""How far the prepared text goes: what a stage reads of each source against what there is.
+
+Torch-free, and numpy is imported only where an order is asked for: mm_train.describe has to be quick.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mm_train.order import BLOCK, Mixture
+from mm_train.manifest import NAME, read_manifest
+
+if TYPE_CHECKING:
+    from mm_train.order import Mixture
 
 
 @dataclass(frozen=True)
@@ -17,14 +25,27 @@ class SourcePlan:
     epochs: float  # how often the source is read, on average over its rows
 
 
-def plan(mixture: Mixture, seq_len: int, samples: int) -> list[SourcePlan]:
+def plan(mixture: "Mixture", seq_len: int, samples: int) -> list[SourcePlan]:
     """What a run of `samples` samples reads of each source of its mixture."""
-    epochs = mixture.epochs(samples)
+    epochs, block = mixture.epochs(samples), sum(mixture.quotas.values())
     return [
-        SourcePlan(name, quota / BLOCK, windows * seq_len, round(epochs[name] * windows) * seq_len, epochs[name])
+        SourcePlan(name, quota / block, windows * seq_len, round(epochs[name] * windows) * seq_len, epochs[name])
         for name, quota in mixture.quotas.items()
         for windows in [mixture.num_windows[name]]
     ]
+
+
+def plan_folder(
+    path: Path, weights: Mapping[str, float], seq_len: int, samples: int
+) -> tuple[list[SourcePlan], list[str]]:
+    """The plan from what is in a data set folder, and which sources are not. Raises UserError for damaged manifests."""
+    from mm_train.order import Mixture
+
+    folders = {name: path / name / "train" for name, weight in weights.items() if weight}
+    there = {name: read_manifest(folder) for name, folder in folders.items() if (folder / NAME).is_file()}
+    windows = dict.fromkeys(weights, 1) | {name: max(1, found.num_windows(seq_len)) for name, found in there.items()}
+    sources = plan(Mixture(weights, windows, seed=0), seq_len, samples)
+    return [s for s in sources if s.name in there], [name for name in folders if name not in there]
 
 
 def lines(sources: Iterable[SourcePlan]) -> list[str]:

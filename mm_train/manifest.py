@@ -73,6 +73,21 @@ class Manifest:
     block_bytes: int = BLOCK
     sha256: str = ""
 
+    def num_windows(self, seq_len: int) -> int:
+        """How many windows of `seq_len` inputs there are (each holds one token more, for the labels).
+
+        Raises UserError for packed rows of another length.
+        """
+        if self.row_length is None:
+            return max(0, (self.num_tokens - 1) // seq_len)
+        if self.row_length != seq_len + 1:
+            raise UserError(
+                f"source {self.source}/{self.split} is packed in rows of {self.row_length} tokens, which suits a"
+                f" sequence length of {self.row_length - 1}, not {seq_len}: change the sequence length or prepare with"
+                f" row_length {seq_len + 1}"
+            )
+        return self.num_tokens // self.row_length
+
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write manifest.json whole or not at all; returns the manifest with its sha256. Raises OSError."""

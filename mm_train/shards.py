@@ -244,16 +244,8 @@ class ShardReader:
                 raise wrong_size(f"{self.folder}/{shard.file}", size, shard.size)
 
     def num_windows(self, seq_len: int) -> int:
-        """How many windows of `seq_len` inputs there are (each holds one token more, for the labels)."""
-        row_length = self.manifest.row_length
-        if row_length is None:
-            return max(0, (self.num_tokens - 1) // seq_len)
-        if row_length != seq_len + 1:
-            raise UserError(
-                f"{self.folder} is packed in rows of {row_length} tokens, which suits a sequence length of "
-                f"{row_length - 1}, not {seq_len}: change the sequence length or prepare with row_length {seq_len + 1}"
-            )
-        return self.num_tokens // row_length
+        """See Manifest.num_windows."""
+        return self.manifest.num_windows(seq_len)
 
     def row(self, index: int, seq_len: int) -> Row:
         """Window `index`.

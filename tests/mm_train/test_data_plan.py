@@ -1,5 +1,6 @@
-from mm_train.data_plan import lines, plan, too_often
+from mm_train.data_plan import lines, plan, plan_folder, too_often
 from mm_train.order import Mixture
+from mm_train.shards import ShardReader
 
 MIXTURE = Mixture({"web": 62, "math": 38}, {"web": 10_000_000, "math": 1_000}, seed=0)
 
@@ -23,3 +24,10 @@ def test_a_warning_above_the_limit():
 def test_epochs_count_from_the_start_of_the_run():
     later = Mixture({"math": 1}, {"math": 1_000}, seed=0, start=5_000, used={"math": 2_000})
     assert plan(later, 1, 8_000)[0].epochs == 5.0
+
+
+def test_what_is_in_a_folder(data_set):
+    sources, missing = plan_folder(data_set, {"code": 3, "chat": 1, "books": 1, "off": 0}, 64, 1000)
+    rows = {name: ShardReader(data_set / name / "train").num_windows(64) for name in ("code", "chat")}
+    assert {s.name: s.epochs for s in sources} == {"chat": 200 / rows["chat"], "code": 600 / rows["code"]}
+    assert missing == ["books"]
