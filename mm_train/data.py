@@ -78,6 +78,7 @@ class Loader:
         `path` is a folder or a URL, `cache` is for what is read from there; `checked`: see ShardReader. Raises
         UserError for a missing source, a damaged shard, or sources of different tokenizers.
         """
+        weights = {name: weight for name, weight in weights.items() if weight}  # the others need not be there
         self.seq_len = seq_len
         self.readers = open_sources(path, weights, "train", seq_len, checked, cache)
         windows = {name: reader.num_windows(seq_len) for name, reader in self.readers.items()}

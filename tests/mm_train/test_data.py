@@ -92,6 +92,11 @@ def test_a_corrupt_shard_is_an_error_in_the_loop(data_set, tmp_path):
     list(Loader(folder, {"code": 1}, 64, 0, checked=False).micro_batches(0, 64, 2, 0, 1))
 
 
+def test_a_source_of_weight_0_need_not_be_there(data_set):
+    loader, plain = (Loader(data_set, weights, 64, 0) for weights in ({"code": 1, "books": 0}, {"code": 1}))
+    assert loader.identity == plain.identity
+
+
 def test_another_seed_is_another_order(data_set):
     first, second = (Loader(data_set, {"code": 1}, 64, seed) for seed in (0, 1))
     assert first.identity != second.identity
