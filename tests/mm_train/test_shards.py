@@ -1,4 +1,5 @@
 import json
+import resource
 import tarfile
 from pathlib import Path
 
@@ -138,6 +139,23 @@ def test_unfinished_work_is_not_a_data_set(tmp_path):
     make_writer(tmp_path).add([3])  # an interrupted second preparation
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         ShardReader(folder)
+
+
+def test_a_full_disk_leaves_nothing_that_could_be_read(tmp_path):
+    writer = make_writer(tmp_path)
+    writer.add([1] * 10_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(writer.folder.glob("*.tar"))
+    with pytest.raises(UserError, match="no shards in"):
+        ShardReader(writer.folder)
+    assert ShardReader(write(tmp_path, [[1, 2]])).num_tokens == 2  # and the place can be used again
+    assert sorted(file.name for file in writer.folder.iterdir()) == ["00000.tar", "manifest.json"]
 
 
 def test_missing_truncated_and_grown_shards(tmp_path):
