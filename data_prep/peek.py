@@ -1,7 +1,7 @@
 """Shows what a model is going to read: windows of token shards, decoded, with document borders and the loss mask.
 
-Text that is trained on is green, text that is only read is grey, control tokens are yellow. Where colour is not wanted
-(NO_COLOR, or not a terminal), «guillemets» mark what is trained on instead.
+Text that is trained on is green, text that is only read is grey, control tokens are yellow. Where there is no colour
+(--colour never, NO_COLOR, or not a terminal), «guillemets» mark what is trained on instead.
 """
 
 import argparse
@@ -10,17 +10,19 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from mm_train.cli import UserError, command
+from mm_train.manifest import NAME
 from mm_train.shards import ShardReader
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 
 EXAMPLES = """examples:
   python -m data_prep.peek data/quickstart                              what there is
+  python -m data_prep.peek data/quickstart -n 1 | less -R               a window of everything
   python -m data_prep.peek data/quickstart/chat/train                   three windows, chosen at random
   python -m data_prep.peek data/quickstart/code/val --window 40 --seq-len 2048
   python -m data_prep.peek data/quickstart/docs/train --verify          read everything, compare every sha256
@@ -28,18 +30,23 @@ EXAMPLES = """examples:
 GREEN, GREY, YELLOW, RESET = "\x1b[32m", "\x1b[90m", "\x1b[33m", "\x1b[0m"
 
 
-def overview(folder: Path) -> Iterator[str]:
-    """A line for each SOURCE/SPLIT of a data set folder. Raises UserError when there is none."""
+def sources(folder: Path) -> list[Path]:
+    """The SOURCE/SPLIT folders of a data set folder. Raises UserError when there is none."""
     found = sorted(file.parent for file in folder.glob("*/*/manifest.json"))
     if not found:
         raise UserError(f"no data set in {folder}: expected SOURCE/SPLIT folders as data_prep.run writes them")
-    for source in found:
-        facts = ShardReader(source).manifest
-        layout = f"rows of {facts.row_length}" if facts.row_length else facts.layout
-        yield (
-            f"{source}: {facts.num_tokens:,} tokens, {facts.num_documents:,} documents, {layout}, "
-            f"{len(facts.shards)} shard(s), {facts.domain}, {facts.licence}"
-        )
+    return found
+
+
+def overview(reader: ShardReader) -> str:
+    """A source in one line."""
+    facts = reader.manifest
+    layout = f"rows of {facts.row_length}" if facts.row_length else facts.layout
+    revision = f", revision {facts.revision}" if facts.revision else ""
+    return (
+        f"{reader.folder}: {facts.num_tokens:,} tokens, {facts.num_documents:,} documents, {layout}, "
+        f"{len(facts.shards)} shard(s), {facts.domain}, {facts.licence}{revision}"
+    )
 
 
 def show_window(reader: ShardReader, tokenizer: Tokenizer, index: int, seq_len: int, colour: bool) -> Iterator[str]:
@@ -85,36 +92,46 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="a data set folder, or one SOURCE/SPLIT folder in it")
-    parser.add_argument("-n", type=int, default=3, help="how many windows (default: 3)")
+    parser.add_argument("-n", type=int, help="how many windows (default: 3 of a source, none of a whole data set)")
     parser.add_argument("--window", type=int, help="begin with this window instead of random ones")
     parser.add_argument("--seq-len", type=int, help="length of a window (default: that of the rows, or 512)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="(default: auto)")
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every shard")
     arguments = parser.parse_args(argv)
 
-    folder = arguments.folder
-    if not (folder / "manifest.json").is_file():
-        print("\n".join(overview(folder)))
-        return 0
-    reader = ShardReader(folder)
-    if arguments.verify:
-        reader.verify()
-        print(f"{folder}: {len(reader.manifest.shards)} shard(s) intact")
-    seq_len = arguments.seq_len or (reader.manifest.row_length or 513) - 1
-    count = reader.num_windows(seq_len)
-    if arguments.window is None:
-        chosen = sorted(random.Random(arguments.seed).sample(range(count), min(arguments.n, count)))
-    else:
-        chosen = list(range(arguments.window, min(arguments.window + arguments.n, count)))
-    if not chosen:
-        raise UserError(
-            f"{folder} has {count} windows of {seq_len} tokens: window {arguments.window} is not among them"
-        )
-    tokenizer = load_tokenizer(folder.resolve().parent.parent)
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for index in chosen:
-        print("\n".join(show_window(reader, tokenizer, index, seq_len, colour)))
+    folder, single = arguments.folder, (arguments.folder / NAME).is_file()
+    count = arguments.n if arguments.n is not None else 3 if single else 0
+    colour = arguments.colour == "always" or (
+        arguments.colour == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    )
+    for source in [folder] if single else sources(folder):
+        reader = ShardReader(source)
+        if not single:
+            print(overview(reader))
+        if arguments.verify:
+            reader.verify()
+            print(f"{source}: {len(reader.manifest.shards)} shard(s) intact")
+        if count:
+            tokenizer = load_tokenizer(source.resolve().parent.parent)
+            for index, seq_len in choose(reader, count, arguments.window, arguments.seq_len, arguments.seed):
+                print("\n".join(show_window(reader, tokenizer, index, seq_len, colour)))
     return 0
+
+
+def choose(
+    reader: ShardReader, wanted: int, first: int | None, seq_len: int | None, seed: int
+) -> Iterator[tuple[int, int]]:
+    """(window, its length) of those to show. Raises UserError when there is none such."""
+    seq_len = seq_len or (reader.manifest.row_length or 513) - 1
+    count = reader.num_windows(seq_len)
+    if first is None:
+        chosen: Iterable[int] = sorted(random.Random(seed).sample(range(count), min(wanted, count)))
+    else:
+        chosen = range(first, min(first + wanted, count))
+    if first is not None and not chosen:
+        raise UserError(f"{reader.folder} has {count} windows of {seq_len} tokens: window {first} is not among them")
+    return ((index, seq_len) for index in chosen)
 
 
 if __name__ == "__main__":

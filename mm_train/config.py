@@ -68,10 +68,17 @@ class Model:
 class Data:
     """What is read. A mixture is a dict source -> weight; weights are normalised."""
 
-    path: str = ""  # data set folder written by data_prep
+    path: str = ""  # data set folder written by data_prep, or its URL (s3, gs, hf, http, ...)
     mixture: dict[str, float] = field(default_factory=dict)
     validation: list[str] = field(default_factory=list)  # sources whose held-out split is scored
     seq_len: int = 512  # tokens a row
+    workers: int = 2  # threads that read ahead; 0: none, the training loop reads
+    ahead: int = 1  # optimizer steps whose batches they have ready
+    verify: bool = True  # compare every 64 KiB of a shard with its checksum when first read
+    max_epochs: float = 4.0  # a source that the stage repeats more often is warned about at the start
+    cache_dir: str = "~/.cache/mobilemoe-train"  # of a data set behind a URL: blocks that were read are kept here
+    cache_gib: float = 20.0  # so much of them, on each machine; 0: none
+    on_change: str = "refuse"  # refuse | continue: what a resumed run does when its mixture or shards have changed
 
 
 @dataclass

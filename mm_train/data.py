@@ -1,12 +1,11 @@
-"""Which row of which source is sample k, and batches of them. The order is a pure function of (seed, mixture, k).
+"""Batches of a mixture of prepared sources, in the order that order.py gives.
 
-There is no iterator state: a run that consumed n samples goes on at sample n, at any number of ranks. Proportions are
-exact in every block of BLOCK samples; a source's rows are permuted anew each time it has been used up (an epoch).
+There is no iterator state: any number of ranks, and of threads that read ahead, sees the same batches from any sample
+on.
 
 Shape suffixes: B rows, T tokens.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.attention import Lengths
 from kernels.cross_entropy import IGNORE
+from mm_train import mixture_change
+from mm_train.block_cache import BlockCache
 from mm_train.cli import UserError
-from mm_train.shards import ShardReader, check_one_tokenizer
+from mm_train.manifest import check_one_tokenizer
+from mm_train.order import Mixture
+from mm_train.read_ahead import ReadAhead
+from mm_train.remote import RemoteFolder, is_url
+from mm_train.shards import Row, ShardReader
 from mm_train.tokenizer import load_tokenizer
-
-BLOCK = 1000  # samples in which every source has its exact share (Loader.identity says so in a key)
-
-
-@dataclass(frozen=True)
-class Sample:
-    source: str
-    epoch: int
-    window: int
 
 
 @dataclass
@@ -37,101 +34,75 @@ class Batch:
 
     tokens_BT: Tensor  # int64
     labels_BT: Tensor  # int64
-    document_BT: Tensor  # int64, number of the token's document within its row
+    document_BT: Tensor  # int32, number of the token's document within its row
     sources: tuple[str, ...] = ()  # where each row is from
+    cu_seqlens: Tensor | None = None  # int32: where documents begin in the B * T tokens, rows too, and B * T at the end
+    max_seqlen: int = 0  # tokens of the longest of these; a document that began in an earlier row counts from there
 
     @property
     def num_scored(self) -> int:
         """Tokens that count in the loss."""
         return int((self.labels_BT != IGNORE).sum())
 
+    @property
+    def lengths(self) -> Lengths | None:
+        """Where documents are, for attention by their lengths."""
+        return None if self.cu_seqlens is None else Lengths(self.cu_seqlens, self.max_seqlen)
+
+    def positions_BT(self) -> Tensor:
+        """Place of each token in its document, from 0 (from the row's beginning for one that began earlier), int32."""
+        assert self.cu_seqlens is not None
+        begins, lengths = self.cu_seqlens[:-1], self.cu_seqlens.diff()
+        total = self.tokens_BT.numel()
+        place = torch.arange(total, dtype=torch.int32, device=begins.device)
+        return (place - begins.repeat_interleave(lengths, output_size=total)).view_as(self.tokens_BT)
+
     def to(self, device: torch.device) -> "Batch":
         tokens, labels, document = (
             t.to(device, non_blocking=True) for t in (self.tokens_BT, self.labels_BT, self.document_BT)
         )
-        return Batch(tokens, labels, document, self.sources)
-
-
-def feistel(index: int, size: int, key: int) -> int:
-    """Image of `index` under a keyed permutation of range(size): four Feistel rounds, cycles walked back into range."""
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for round_ in range(4):
-            left, right = right, left ^ (_mix(right ^ _mix(key + round_)) & mask)
-        index = (left << half) | right
-        if index < size:
-            return index
-
-
-def _mix(x: int) -> int:
-    """SplitMix64's finaliser."""
-    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return x ^ (x >> 31)
-
-
-def quotas(weights: Mapping[str, float], block: int = BLOCK) -> dict[str, int]:
-    """Samples of each source in a block, by largest remainder; they add up to `block`."""
-    total = sum(weights.values())
-    exact = {name: weight / total * block for name, weight in weights.items()}
-    counts = {name: int(share) for name, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (counts[name] - exact[name], name))
-    for name in by_remainder[: block - sum(counts.values())]:
-        counts[name] += 1
-    return counts
-
-
-class Mixture:
-    """Sample number k -> (source, epoch, window)."""
-
-    def __init__(self, weights: Mapping[str, float], num_windows: Mapping[str, int], seed: int) -> None:
-        """`num_windows` says how many rows each source has (at least one)."""
-        # Sorted: the order of keys in a config must not change the order of samples.
-        self.quotas = {name: count for name, count in sorted(quotas(weights).items()) if count}
-        for name, weight in weights.items():
-            if weight and name not in self.quotas:
-                raise UserError(
-                    f"data.mixture.{name} ({weight}) is below one sample in {BLOCK}: raise it or leave it out"
-                )
-        self.num_windows = {name: num_windows[name] for name in self.quotas}
-        self.seed = seed
-        self.owner = [name for name, count in self.quotas.items() for _ in range(count)]
-        self.first = {name: self.owner.index(name) for name in self.quotas}
-
-    def __getitem__(self, k: int) -> Sample:
-        block, slot = divmod(k, BLOCK)
-        slot = feistel(slot, BLOCK, self._key("block", block))
-        source = self.owner[slot]
-        use = block * self.quotas[source] + slot - self.first[source]
-        epoch, row = divmod(use, self.num_windows[source])
-        return Sample(source, epoch, feistel(row, self.num_windows[source], self._key(source, epoch)))
-
-    def _key(self, name: str, number: int) -> int:
-        digest = hashlib.blake2b(f"{self.seed}/{name}/{number}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
-
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source is repeated by `samples` samples."""
-        return {name: samples * quota / BLOCK / self.num_windows[name] for name, quota in self.quotas.items()}
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
+        return Batch(tokens, labels, document, self.sources, cu_seqlens, self.max_seqlen)
 
 
 class Loader:
     """Training batches of a mixture of prepared sources."""
 
-    def __init__(self, path: str | Path, weights: Mapping[str, float], seq_len: int, seed: int) -> None:
-        """Raises UserError for a missing source, a damaged shard, or sources of different tokenizers."""
+    def __init__(
+        self,
+        path: str | Path,
+        weights: Mapping[str, float],
+        seq_len: int,
+        seed: int,
+        workers: int = 0,
+        ahead: int = 1,
+        checked: bool = True,
+        cache: BlockCache | None = None,
+    ) -> None:
+        """`workers` threads read `ahead` global batches further than the one that is asked for; 0: none does.
+
+        `path` is a folder or a URL, `cache` is for what is read from there; `checked`: see ShardReader. Raises
+        UserError for a missing source, a damaged shard, or sources of different tokenizers.
+        """
+        weights = {name: weight for name, weight in weights.items() if weight}  # the others need not be there
         self.seq_len = seq_len
-        self.readers = open_sources(path, weights, "train", seq_len)
+        self.readers = open_sources(path, weights, "train", seq_len, checked, cache)
         windows = {name: reader.num_windows(seq_len) for name, reader in self.readers.items()}
+        self._weights, self._num_windows = dict(weights), windows
+        self._since: dict[str, Any] | None = None  # where this mixture took over from another one
         self.mixture = Mixture(weights, windows, seed)
+        self._ahead = ahead
+        self._reading: ReadAhead[tuple[int, int], Batch] | None = None
+        if workers:
+            self._reading = ReadAhead(lambda key: self.batch(*key), workers)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order depends on, as JSON values: same identity, same sample for every k."""
-        return {
+        """What the order depends on, as JSON values: same identity, same sample for every k.
+
+        `since` is there when the mixture took over from another one (mixture_change.py).
+        """
+        identity = {
             "seed": self.mixture.seed,
             "seq_len": self.seq_len,
             "sources": {
@@ -139,6 +110,23 @@ class Loader:
                 for name, quota in self.mixture.quotas.items()
             },
         }
+        return identity if self._since is None else identity | {"since": self._since}
+
+    def follow(self, before: dict[str, Any], sample: int, on_change: str = "refuse") -> str | None:
+        """Go on as the Loader with identity `before`, which would have read `sample` next.
+
+        Where the sources or their shares have changed, mixture_change.py says how `on_change` "continue" goes on; the
+        change is returned in words. With "refuse" nothing comes of it but that the identities differ, as with another
+        seed or seq_len.
+        """
+        self._since = None
+        here, there = self.identity["sources"], before["sources"]
+        changed = here != there and on_change == "continue"
+        self._since = mixture_change.take_over(before, sample) if changed else before.get("since")
+        since = self._since or mixture_change.START
+        used = mixture_change.uses(since, here)
+        self.mixture = Mixture(self._weights, self._num_windows, self.mixture.seed, since["sample"], used)
+        return mixture_change.in_words(there, here, sample) if changed else None
 
     def micro_batches(self, first: int, global_rows: int, rows: int, rank: int, world: int) -> Iterator[Batch]:
         """This rank's micro-batches of the global batch of samples [first, first + global_rows).
@@ -146,30 +134,51 @@ class Loader:
         It is cut into blocks of `rows`; micro-step m of rank r takes block m * world + r, so any number of ranks sees
         the same blocks.
         """
-        for start in range(first + rank * rows, first + global_rows, world * rows):
-            yield self.batch([self.mixture[k] for k in range(start, start + rows)])
+        now, *soon = (
+            [(start, rows) for start in range(begin + rank * rows, begin + global_rows, world * rows)]
+            for begin in range(first, first + (self._ahead + 1) * global_rows, global_rows)
+        )
+        if self._reading is None:
+            return (self.batch(*key) for key in now)
+        return self._reading.take(now, [key for keys in soon for key in keys])
 
-    def batch(self, samples: Sequence[Sample]) -> Batch:
-        """The rows of `samples`, collated."""
-        batch = collate([self.readers[s.source].window(s.window, self.seq_len) for s in samples])
-        batch.sources = tuple(s.source for s in samples)
-        return batch
+    def batch(self, first: int, rows: int) -> Batch:
+        """Samples [first, first + rows), collated."""
+        samples = self.mixture.samples(first, first + rows)
+        names = tuple(self.mixture.names[source] for source in samples.source.tolist())
+        places = zip(names, samples.window.tolist(), strict=True)
+        return collate([self.readers[name].row(window, self.seq_len) for name, window in places], names)
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        if self._reading is not None:
+            self._reading.close()
 
 
-def open_sources(path: str | Path, names: Iterable[str], split: str, seq_len: int) -> dict[str, ShardReader]:
-    """Readers of `split` of each named source of the data set folder `path`, fit for rows of `seq_len`.
+def open_sources(
+    path: str | Path,
+    names: Iterable[str],
+    split: str,
+    seq_len: int,
+    checked: bool = True,
+    cache: BlockCache | None = None,
+) -> dict[str, ShardReader]:
+    """Readers of `split` of each named source of the data set in the folder or URL `path`, fit for rows of `seq_len`.
 
     Raises UserError for a missing folder, source or shard, sources of different tokenizers, a packed source of another
     row length, and a source without a single full row.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"data set folder not found: {path} (prepare one with python -m data_prep.run)")
-    for name in names:
-        if not (path / name / split).is_dir():
-            found = sorted(p.parent.name for p in path.glob(f"*/{split}"))
-            raise UserError(f"data set {path} has no {split} split of source {name!r}; it has: {', '.join(found)}")
-    readers = {name: ShardReader(path / name / split) for name in names}
+    if is_url(path):
+        readers = {name: ShardReader(RemoteFolder(f"{path}/{name}/{split}", cache), checked) for name in names}
+    else:
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"data set folder not found: {path} (prepare one with python -m data_prep.run)")
+        for name in names:
+            if not (path / name / split).is_dir():
+                found = sorted(p.parent.name for p in path.glob(f"*/{split}"))
+                raise UserError(f"data set {path} has no {split} split of source {name!r}; it has: {', '.join(found)}")
+        readers = {name: ShardReader(path / name / split, checked) for name in names}
     check_one_tokenizer((reader.manifest for reader in readers.values()), load_tokenizer(path).sha256)
     for name, reader in readers.items():
         if reader.num_windows(seq_len) == 0:
@@ -180,12 +189,38 @@ def open_sources(path: str | Path, names: Iterable[str], split: str, seq_len: in
     return readers
 
 
-def collate(windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
-    """Windows of T + 1 tokens (tokens, mask, document starts) -> Batch of T."""
-    tokens, mask, starts = (np.stack(parts) for parts in zip(*windows, strict=True))
-    labels = np.where(mask[:, 1:] & ~starts[:, 1:], tokens[:, 1:].astype(np.int64), IGNORE)
+def collate(rows: Sequence[Row], sources: tuple[str, ...] = ()) -> Batch:
+    """Rows of T + 1 tokens -> Batch of T.
+
+    Every token is copied once into tokens and once into labels. Document starts are few: what depends on them is
+    computed for all rows together, a call of numpy costing as much as copying a row.
+    """
+    num_rows, length = len(rows), len(rows[0].tokens) - 1
+    tokens_BT, labels_BT = (np.empty((num_rows, length), dtype=np.int64) for _ in range(2))
+    for i, row in enumerate(rows):
+        tokens_BT[i], labels_BT[i] = row.tokens[:-1], row.tokens[1:]
+        if row.mask is not None:
+            np.copyto(labels_BT[i], IGNORE, where=row.mask[1:] == 0)
+    starts = np.concatenate([row.starts for row in rows])
+    owner = np.repeat(np.arange(num_rows), [len(row.starts) for row in rows])
+    inside = starts > 0
+    labels_BT[owner[inside], starts[inside] - 1] = IGNORE
+
+    inside &= starts < length  # the last token of a row is a label only
+    row_begins = np.arange(0, num_rows * length, length)
+    begins = np.concatenate([row_begins, starts[inside] + owner[inside] * length])
+    begins.sort()
+    row_of = begins // length
+    # The number of a document is that of the starts so far in its row.
+    numbers = np.arange(len(begins)) - begins.searchsorted(row_begins)[row_of]
+    numbers += np.bincount(owner[starts == 0], minlength=num_rows)[row_of]
+    cu_seqlens = np.append(begins, num_rows * length)
+    lengths = cu_seqlens[1:] - begins
     return Batch(
-        torch.from_numpy(tokens[:, :-1].astype(np.int64)),
-        torch.from_numpy(labels),
-        torch.from_numpy(starts[:, :-1].cumsum(1).astype(np.int64)),
+        torch.from_numpy(tokens_BT),
+        torch.from_numpy(labels_BT),
+        torch.from_numpy(np.repeat(numbers.astype(np.int32), lengths).reshape(num_rows, length)),
+        sources,
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+        int(lengths.max()),
     )

@@ -11,9 +11,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from mm_train import costs, inventory, memory
+from mm_train import costs, data_plan, inventory, memory
 from mm_train.cli import UserError, command
 from mm_train.costs import GPUS
 from mm_train.describe_layouts import layouts, recommendation
@@ -84,6 +86,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _data(plan: Plan, batch: int) -> dict[str, Any] | None:
+    """What the stage reads of each source of its data set; None where there is no such folder (yet)."""
+    data, samples = plan.cfg.data, -(-plan.cfg.train.tokens // batch) * batch // plan.layout.context
+    if not data.mixture or not data.path or not Path(data.path).is_dir():
+        return None
+    sources, missing = data_plan.plan_folder(Path(data.path), data.mixture, plan.layout.context, samples)
+    return {
+        "path": data.path,
+        "sources": [asdict(source) for source in sources],
+        "missing": missing,
+        "warning": data_plan.too_often(sources, data.max_epochs),
+    }
+
+
 def describe(plan: Plan) -> dict[str, Any]:
     """All that is printed, as plain values: bytes, FLOPs and tokens as they are, memory in GiB, time in days."""
     model, layout, gpu, tokens = plan.model, plan.layout, plan.gpu, plan.cfg.train.tokens
@@ -126,6 +142,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "memory_gib": used,
         "fits": plan.fits(used["total"]),
         "comm_bytes_per_step": costs.communication(model, layout),
+        "data": _data(plan, batch),
         "layouts": others,
         "recommendation": recommendation(plan, others),
         "tokens": tokens,

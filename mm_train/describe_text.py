@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mm_train.costs import SECONDS_PER_DAY
+from mm_train.data_plan import SourcePlan, lines
 from mm_train.describe_layouts import KEYS
 from mm_train.describe_plan import CONTEXT
 
@@ -46,10 +47,12 @@ def text(facts: dict[str, Any]) -> str:
         _layouts,
         _time,
         _scale,
+        _data,
         _notes,
         _hint,
     )
-    return "\n\n".join("\n".join(section(facts)) for section in sections)
+    blocks = ("\n".join(section(facts)) for section in sections)
+    return "\n\n".join(block for block in blocks if block)
 
 
 def _network(facts: dict[str, Any]) -> Iterable[str]:
@@ -69,6 +72,19 @@ def _network(facts: dict[str, Any]) -> Iterable[str]:
         f" {shape['num_experts_per_tok']} a token, {shape['scoring_func']} router;"
         + (f" shared expert of width {shared:,}" if shared else " no shared expert")
     )
+
+
+def _data(facts: dict[str, Any]) -> Iterable[str]:
+    data = facts["data"]
+    if data is None:
+        return
+    yield f"Data in {data['path']}"
+    for line in lines(SourcePlan(**source) for source in data["sources"]):
+        yield f"  {line.removeprefix('data ')}"
+    for name in data["missing"]:
+        yield f"  {name}: not prepared"
+    if data["warning"]:
+        yield from textwrap.wrap(data["warning"], 118, initial_indent="  ", subsequent_indent="  ")
 
 
 def _parameters(facts: dict[str, Any]) -> Iterable[str]:

@@ -111,7 +111,7 @@ class PlainEngine(WholeState):
         materialise_moments(self.adam)
 
     def forward(self, batch: Batch) -> Losses:
-        return self.model(batch.tokens_BT, batch.labels_BT, batch.document_BT)
+        return self.model(batch.tokens_BT, batch.labels_BT, batch.document_BT, batch.lengths)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -9,8 +9,8 @@ from typing import Any
 from mm_train import config
 from mm_train.checkpoint.folders import latest, step_of
 from mm_train.cli import UserError
+from mm_train.manifest import read_manifest
 from mm_train.run_folder import read_stage
-from mm_train.shards import read_manifest
 
 
 def run_facts(run: Path) -> dict[str, Any]:

@@ -6,81 +6,53 @@ an ordinary webdataset shard with one sample of a few large members:
     KEY.tokens   uint32 LE, all documents one after the other
     KEY.offsets  uint64 LE, where each document starts in this shard, plus the end
     KEY.mask     uint8, one per token, 1 = trained on (only when the source has masks)
+    KEY.index    uint32 LE, the crc32 of every started 64 KiB of tokens, offsets and mask, in this order; then, for each
+                 started 64 KiB of tokens, the number of the first document that begins there or later, and that of all
     KEY.json     facts about the shard, for readers without the manifest
 
 Layout "stream": documents follow one another and a training window may begin anywhere. Layout "packed": rows of
 exactly `row_length` tokens; what the documents of a row leave free is padding with mask 0, one more entry in offsets.
 Documents never cross shards, rows never cross shards.
 
-The manifest knows where each member lies, so reading is memory-mapped and parses no tar. Members are checksummed in
-blocks of 1 MiB, and a block is checked when it is first touched.
+The manifest knows where each member lies, so reading is memory-mapped and parses no tar. A block is compared with its
+checksum when it is first touched.
 """
 
-import dataclasses
+import bisect
 import hashlib
 import io
 import itertools
 import json
 import os
 import tarfile
+import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mm_train.cli import UserError
-from mm_train.files import publish, write_atomic
+from mm_train.files import publish
+from mm_train.manifest import (
+    BLOCK,
+    DTYPES,
+    NAME,
+    Manifest,
+    Member,
+    Shard,
+    block_crcs,
+    missing,
+    parse_manifest,
+    write_manifest,
+)
+from mm_train.shard_file import LocalFolder, Place, ShardFile, wrong_size
 
-FORMAT = "mobilemoe-shards-1"
-BLOCK = 1 << 20  # bytes under one crc32
 TAR_BLOCK = 512  # tar aligns members to this, so uint64 views of a mapped shard are aligned
-MAX_OPEN_SHARDS = 64  # a mapped file holds a file descriptor
-DTYPES = {"tokens": "<u4", "offsets": "<u8", "mask": "u1"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """Where one array lies in its shard: byte offset and size, and the crc32 of every started 1 MiB of it."""
-
-    offset: int
-    size: int
-    crc32: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One tar: file name, size in bytes, sha256 of the file, what it holds and where."""
-
-    file: str
-    size: int
-    sha256: str
-    num_tokens: int
-    num_documents: int
-    members: dict[str, Member]
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """Everything known about one source and split. `sha256` is that of the manifest file and identifies the data."""
-
-    source: str
-    split: str
-    licence: str
-    domain: str
-    layout: str
-    row_length: int | None
-    has_mask: bool
-    vocab_size: int
-    tokenizer_sha256: str
-    num_tokens: int  # padding included
-    num_padding: int
-    num_documents: int  # padding is not a document here
-    num_bytes: int  # of UTF-8 text that went in
-    shards: list[Shard]
-    extra: dict[str, Any]
-    sha256: str = ""
+PIECE = 1 << 24  # bytes hashed at a time
+MAX_OPEN_SHARDS = 32  # of a source: a mapped file holds a file descriptor
 
 
 class ShardWriter:
@@ -104,12 +76,19 @@ class ShardWriter:
         row_length: int | None = None,
         has_mask: bool = False,
         shard_tokens: int = 1 << 25,
+        revision: str | None = None,
+        config_sha256: str | None = None,
+        block_bytes: int = BLOCK,
     ):
-        """Start FOLDER/SOURCE/SPLIT. A shard is closed once it holds `shard_tokens`. Raises OSError if not writable."""
+        """Start FOLDER/SOURCE/SPLIT. A shard is closed once it holds `shard_tokens`. Raises OSError if not writable.
+
+        `revision` is that of the data set that the text is from, `config_sha256` names the configuration used,
+        `block_bytes` are under one checksum.
+        """
         if layout != ("packed" if row_length else "stream") or (row_length and not has_mask):
             raise ValueError(f"layout {layout!r} with row_length {row_length} and has_mask {has_mask}")
         self.folder = folder / source / split
-        self._facts = {
+        self._facts: dict[str, Any] = {
             "source": source,
             "split": split,
             "licence": licence,
@@ -119,6 +98,9 @@ class ShardWriter:
             "has_mask": has_mask,
             "vocab_size": vocab_size,
             "tokenizer_sha256": tokenizer_sha256,
+            "revision": revision,
+            "config_sha256": config_sha256,
+            "block_bytes": block_bytes,
         }
         self._row_length, self._has_mask, self._vocab_size = row_length, has_mask, vocab_size
         self._shard_tokens = shard_tokens
@@ -161,18 +143,16 @@ class ShardWriter:
         """Write what is left, then the manifest with `extra`; from here on the shards can be read."""
         if self._filled:
             self._write_shard()
-        facts = {
+        manifest = Manifest(
             **self._facts,
-            "num_tokens": sum(shard.num_tokens for shard in self._shards),
-            "num_padding": self._num_padding,
-            "num_documents": self._num_documents,
-            "num_bytes": self._num_bytes,
-            "extra": extra or {},
-            "shards": [dataclasses.asdict(shard) for shard in self._shards],
-        }
-        content = {"format": FORMAT, "checksum": _checksum(facts), **facts}
-        write_atomic(self.folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
-        return read_manifest(self.folder)
+            num_tokens=sum(shard.num_tokens for shard in self._shards),
+            num_padding=self._num_padding,
+            num_documents=self._num_documents,
+            num_bytes=self._num_bytes,
+            extra=extra or {},
+            shards=self._shards,
+        )
+        return write_manifest(self.folder, manifest)
 
     def _start_shard(self) -> None:
         self._tokens: list[np.ndarray] = []
@@ -194,6 +174,7 @@ class ShardWriter:
         }
         if self._has_mask:
             arrays["mask"] = np.concatenate(self._masks)
+        arrays["index"] = _index(arrays, self._facts["block_bytes"])
         key = f"{self._facts['source']}-{self._facts['split']}-{index:05d}"
         facts = {**self._facts, "index": index, "num_tokens": self._filled, "num_documents": len(lengths)}
         members: dict[str, Member] = {}
@@ -203,170 +184,160 @@ class ShardWriter:
             hashed = _HashingFile(out)
             for name, array in arrays.items():
                 data = memoryview(array.data).cast("B")
-                offset = _write_member(hashed, f"{key}.{name}", data)
-                members[name] = Member(offset, len(data), _block_crcs(data))
+                members[name] = Member(_write_member(hashed, f"{key}.{name}", data), len(data))
             _write_member(hashed, f"{key}.json", memoryview(json.dumps(facts, sort_keys=True).encode()))
             end_mark = 2 * TAR_BLOCK
             hashed.write(bytes(end_mark + -(hashed.position + end_mark) % tarfile.RECORDSIZE))
             out.flush()
             os.fsync(out.fileno())
         publish(temporary, file)
-        self._shards.append(
-            Shard(file.name, hashed.position, hashed.sha256.hexdigest(), self._filled, len(lengths), members)
-        )
+        sha256, index_crc32 = hashed.sha256.hexdigest(), zlib.crc32(arrays["index"].data)
+        self._shards.append(Shard(file.name, hashed.position, sha256, self._filled, len(lengths), members, index_crc32))
         self._start_shard()
+
+
+class Row(NamedTuple):
+    """A window as it lies in the shard: tokens uint32 [T + 1], mask uint8 [T + 1] (None: all are trained on), and where
+    documents begin in it, ascending, int64. Views of memory-mapped files where possible: not to be written to.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    starts: np.ndarray
 
 
 class ShardReader:
     """Random access to the windows of one SOURCE/SPLIT folder.
 
-    Attributes: `folder`, `manifest`, `num_tokens`. Cheap to open: only the manifest is read and file sizes are looked
-    up. Not thread-safe; each data worker opens its own.
+    Attributes: `folder`, `manifest`, `num_tokens`. Cheap to open: only the manifest is read and, where a folder can be
+    listed, file sizes are looked up. May be used by several threads.
     """
 
-    def __init__(self, folder: str | Path):
-        """Raises UserError when the manifest is missing or damaged, or a shard is missing or of the wrong size."""
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+    def __init__(self, folder: str | Path | Place, checked: bool = True):
+        """`folder` is a path, or a remote.RemoteFolder.
+
+        `checked`: compare each block with its crc32 when it is first read, 64 KiB for the sake of any window in it.
+        Raises UserError when the manifest is missing or damaged, or a shard is missing or of the wrong size.
+        """
+        self.folder: Place = LocalFolder(Path(folder)) if isinstance(folder, str | Path) else folder
+        try:
+            data = self.folder.read(NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            raise missing(str(self.folder)) from None
+        except PermissionError as error:
+            raise UserError(f"cannot read {self.folder}/{NAME}: {error.strerror}") from None
+        self.manifest = parse_manifest(data, f"{self.folder}/{NAME}")
         self.num_tokens = self.manifest.num_tokens
         shards = self.manifest.shards
-        self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])  # of shards, in tokens, plus the end
-        self._open: dict[int, np.ndarray] = {}
-        self._checked: dict[tuple[int, str], np.ndarray] = {}
+        # Of shards, in tokens, plus the end.
+        self._starts = list(itertools.accumulate((shard.num_tokens for shard in shards), initial=0))
+        self._checked = checked
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._lock = threading.Lock()
+        sizes = self.folder.sizes()
         for shard in shards:
-            file = self.folder / shard.file
-            try:
-                size = file.stat().st_size
-            except FileNotFoundError:
-                raise UserError(f"missing shard {file}: {shard.size} bytes expected; prepare the data again") from None
+            size = shard.size if sizes is None else sizes.get(shard.file)
+            if size is None:
+                file = f"{self.folder}/{shard.file}"
+                raise UserError(f"missing shard {file}: {shard.size} bytes expected; prepare the data again")
             if size != shard.size:
-                fault = f"{'truncated' if size < shard.size else 'overlong'} shard {file}"
-                raise UserError(f"{fault}: {size} bytes found, {shard.size} expected; prepare the data again")
+                raise wrong_size(f"{self.folder}/{shard.file}", size, shard.size)
 
     def num_windows(self, seq_len: int) -> int:
-        """How many windows of `seq_len` inputs there are (each holds one token more, for the labels)."""
-        row_length = self.manifest.row_length
-        if row_length is None:
-            return max(0, (self.num_tokens - 1) // seq_len)
-        if row_length != seq_len + 1:
-            raise UserError(
-                f"{self.folder} is packed in rows of {row_length} tokens, which suits a sequence length of "
-                f"{row_length - 1}, not {seq_len}: change the sequence length or prepare with row_length {seq_len + 1}"
-            )
-        return self.num_tokens // row_length
+        """See Manifest.num_windows."""
+        return self.manifest.num_windows(seq_len)
 
-    def window(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Window `index`: tokens uint32, mask bool (trained on), starts bool (begins a document), all [seq_len + 1].
+    def row(self, index: int, seq_len: int) -> Row:
+        """Window `index`.
 
         In a stream, window i is tokens [i * seq_len, (i + 1) * seq_len + 1), so each token is a label once; packed, it
-        is row i. Without masks in the source the mask is True. Raises UserError for a corrupt block.
+        is row i. Raises UserError for a corrupt block.
         """
         if not 0 <= index < self.num_windows(seq_len):
             raise IndexError(f"window {index} of {self.num_windows(seq_len)}")
         begin = index * (seq_len if self.manifest.row_length is None else seq_len + 1)
-        return self.span(begin, begin + seq_len + 1)
+        return self._range(begin, begin + seq_len + 1)
+
+    def window(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same as tokens uint32, mask bool (trained on) and starts bool (begins a document), all [seq_len + 1]."""
+        return _dense(self.row(index, seq_len))
 
     def span(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, mask and starts (see `window`) of the tokens [begin, end) of the whole source."""
-        tokens = np.empty(end - begin, dtype=np.uint32)
-        mask = np.ones(end - begin, dtype=np.bool_)
-        starts = np.zeros(end - begin, dtype=np.bool_)
-        shard = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        while begin < end:
-            first = int(self._starts[shard])
-            stop = min(end, int(self._starts[shard + 1]))
-            low, high = begin - first, stop - first  # within the shard
-            out = slice(len(tokens) - (end - begin), len(tokens) - (end - stop))
-            tokens[out] = self._read(shard, "tokens", low, high)
-            if self.manifest.has_mask:
-                mask[out] = self._read(shard, "mask", low, high)
-            offsets = self._read(shard, "offsets", 0, self._length(shard, "offsets"))
-            inside = offsets[np.searchsorted(offsets, low) : np.searchsorted(offsets, high)]
-            starts[out.start + (inside.astype(np.int64) - low)] = True
-            begin, shard = stop, shard + 1
-        return tokens, mask, starts
+        return _dense(self._range(begin, end))
 
-    def documents(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Every document in order as (tokens uint32, mask bool); in a packed source, padding runs are among them."""
-        for shard in range(len(self.manifest.shards)):
-            offsets = self._read(shard, "offsets", 0, self._length(shard, "offsets")).astype(np.int64)
-            for low, high in itertools.pairwise(offsets + self._starts[shard]):
-                tokens, mask, _ = self.span(int(low), int(high))
-                yield tokens, mask
+        for index, shard in enumerate(self.manifest.shards):
+            opened = self.shard(index)
+            offsets = opened.read("offsets", 0, shard.members["offsets"].size // 8)
+            for low, high in itertools.pairwise(offsets.tolist()):
+                row = self._piece(index, low, high)
+                yield row.tokens, _dense(row)[1]
 
     def verify(self) -> None:
         """Read everything and compare the sha256 of each shard. Raises UserError naming the first that differs."""
-        for shard in self.manifest.shards:
-            with (self.folder / shard.file).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                raise UserError(f"corrupt shard {self.folder / shard.file}: sha256 {found}, expected {shard.sha256}")
+        for index, shard in enumerate(self.manifest.shards):
+            hashed, opened = hashlib.sha256(), self.shard(index)
+            for begin in range(0, shard.size, PIECE):
+                hashed.update(opened.raw(begin, min(PIECE, shard.size - begin)).data)
+            if hashed.hexdigest() != shard.sha256:
+                found = f"sha256 {hashed.hexdigest()}, expected {shard.sha256}"
+                raise UserError(f"corrupt shard {self.folder}/{shard.file}: {found}")
 
-    def _length(self, shard: int, name: str) -> int:
-        return self.manifest.shards[shard].members[name].size // np.dtype(DTYPES[name]).itemsize
+    def shard(self, index: int) -> ShardFile:
+        """Shard `index`, opened; at most MAX_OPEN_SHARDS stay so."""
+        with self._lock:
+            opened = self._open.get(index)
+            if opened is None:
+                if len(self._open) >= MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+                shard = self.manifest.shards[index]
+                opened = self.folder.open_shard(shard, self.manifest, self._checked)
+                self._open[index] = opened
+            return opened
 
-    def _read(self, shard: int, name: str, low: int, high: int) -> np.ndarray:
-        """Elements [low, high) of a member, as a view of the mapped file, after checking the blocks they lie in."""
-        member, dtype = self.manifest.shards[shard].members[name], np.dtype(DTYPES[name])
-        data = self._map(shard)[member.offset : member.offset + member.size]
-        checked = self._checked.setdefault((shard, name), np.zeros(len(member.crc32), dtype=np.bool_))
-        first, last = low * dtype.itemsize // BLOCK, -(-high * dtype.itemsize // BLOCK)
-        for block in first + np.flatnonzero(~checked[first:last]):
-            if zlib.crc32(data[block * BLOCK : (block + 1) * BLOCK].data) != member.crc32[block]:
-                raise UserError(
-                    f"corrupt block in shard {self.folder / self.manifest.shards[shard].file}: the {name} at byte "
-                    f"{member.offset + block * BLOCK} do not match their crc32; copy or prepare the data again"
-                )
-            checked[block] = True
-        return data.view(dtype)[low:high]
+    def _range(self, begin: int, end: int) -> Row:
+        """Tokens [begin, end) of the whole source."""
+        shard = bisect.bisect_right(self._starts, begin) - 1
+        pieces = []
+        while True:
+            first, last = self._starts[shard], self._starts[shard + 1]
+            pieces.append(self._piece(shard, begin - first, min(end, last) - first))
+            if end <= last:
+                break
+            begin, shard = last, shard + 1
+        if len(pieces) == 1:
+            return pieces[0]
+        places = itertools.accumulate((len(piece.tokens) for piece in pieces), initial=0)
+        return Row(
+            np.concatenate([piece.tokens for piece in pieces]),
+            np.concatenate([piece.mask for piece in pieces if piece.mask is not None])
+            if pieces[0].mask is not None
+            else None,
+            np.concatenate([piece.starts + place for piece, place in zip(pieces, places, strict=False)]),
+        )
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._open:
-            if len(self._open) >= MAX_OPEN_SHARDS:
-                del self._open[next(iter(self._open))]
-            mapped = np.memmap(self.folder / self.manifest.shards[shard].file, dtype="u1", mode="r")
-            self._open[shard] = np.asarray(mapped)  # a plain view of the map: slices of np.memmap itself are slow
-        return self._open[shard]
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a SOURCE/SPLIT folder. Raises UserError when it is missing, damaged or of another format."""
-    file = folder / "manifest.json"
-    try:
-        data = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"no shards in {folder}: {file} is missing (not prepared, or the preparation was cut short)"
-        ) from None
-    try:
-        content = json.loads(data)
-        if content.pop("format") != FORMAT:
-            raise UserError(f"{file} is not in the format {FORMAT}: prepare the data with this version")
-        if content.pop("checksum") != _checksum(content):
-            raise ValueError("its checksum does not match its content")
-        if any(shard["file"] != f"{index:05d}.tar" for index, shard in enumerate(content["shards"])):
-            raise ValueError("its shards are not 00000.tar, 00001.tar, ... in its own folder")
-        shards = [
-            Shard(**{**shard, "members": {name: Member(**member) for name, member in shard["members"].items()}})
-            for shard in content.pop("shards")
-        ]
-        return Manifest(**content, shards=shards, sha256=hashlib.sha256(data).hexdigest())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"damaged manifest {file}: {error}; prepare the data again") from None
+    def _piece(self, shard: int, low: int, high: int) -> Row:
+        """Tokens [low, high) of a shard."""
+        opened = self.shard(shard)
+        mask = opened.read("mask", low, high) if self.manifest.has_mask else None
+        return Row(opened.read("tokens", low, high), mask, opened.starts(low, high))
 
 
-def check_one_tokenizer(manifests: Iterable[Manifest], tokenizer_sha256: str | None = None) -> None:
-    """Raise UserError unless all sources were encoded with one tokenizer (that with `tokenizer_sha256`, if given)."""
-    expected, owner = tokenizer_sha256, "the tokenizer in use"
-    for manifest in manifests:
-        name = f"source {manifest.source}/{manifest.split}"
-        if expected is None:
-            expected, owner = manifest.tokenizer_sha256, name
-        if manifest.tokenizer_sha256 != expected:
-            raise UserError(
-                f"tokenizer mismatch: {name} was encoded with {manifest.tokenizer_sha256[:12]}, "
-                f"{owner} has {expected[:12]}; prepare them with one tokenizer"
-            )
+def _dense(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    starts = np.zeros(len(row.tokens), dtype=np.bool_)
+    starts[row.starts] = True
+    mask = np.ones(len(row.tokens), dtype=np.bool_) if row.mask is None else row.mask.astype(np.bool_)
+    return row.tokens, mask, starts
+
+
+def _index(arrays: dict[str, np.ndarray], block_bytes: int) -> np.ndarray:
+    """The member `index` (see above) of the other members."""
+    crcs = [crc for array in arrays.values() for crc in block_crcs(memoryview(array.data).cast("B"), block_bytes)]
+    step = block_bytes // arrays["tokens"].itemsize
+    borders = np.arange(0, len(arrays["tokens"]) + step, step)
+    return np.array([*crcs, *np.searchsorted(arrays["offsets"].view(np.int64), borders)], dtype=DTYPES["index"])
 
 
 class _HashingFile:
@@ -390,11 +361,3 @@ def _write_member(out: _HashingFile, name: str, data: memoryview) -> int:
     out.write(data)
     out.write(bytes(-out.position % TAR_BLOCK))
     return offset
-
-
-def _block_crcs(data: memoryview) -> list[int]:
-    return [zlib.crc32(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
-
-
-def _checksum(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

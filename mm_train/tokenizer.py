@@ -19,6 +19,7 @@ import tokenizers
 from mm_train.cli import UserError
 from mm_train.config import Model
 from mm_train.files import write_atomic
+from mm_train.remote import is_url, read_file
 
 # Splits text into words before the merges; Llama-3's, also used for the small vocabularies.
 SPLIT_REGEX = (
@@ -158,12 +159,15 @@ def check_vocabulary(tokenizer: Tokenizer, model: Model) -> None:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load a tokenizer from a folder, a tokenizer.json file, or the word "llama3".
+    """Load a tokenizer from a folder (here or behind a URL), a tokenizer.json file, or the word "llama3".
 
     Raises UserError when there is none, when it is damaged, or when it lacks the control tokens.
     """
     if str(spec) == "llama3":
         return _load_llama3()
+    if is_url(spec):
+        url = f"{str(spec).rstrip('/')}/tokenizer.json"
+        return Tokenizer(read_file(url), origin=url)
     path = Path(spec)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_train import config
 from mm_train.cli import LostContact, UserError, command
@@ -83,6 +83,8 @@ def _train(
 ) -> int:
     import torch
 
+    from mm_train import data_plan
+    from mm_train.block_cache import BlockCache
     from mm_train.checkpoint.reader import open_newest
     from mm_train.data import Loader, open_sources
     from mm_train.files import locked, write_atomic, writing
@@ -100,8 +102,12 @@ def _train(
     run_dir = Path(cfg.run.dir)
 
     # --- data and place -------------------------------------------------------------------------------------------
-    loader = Loader(cfg.data.path, cfg.data.mixture, cfg.data.seq_len, cfg.train.seed)
-    held_out = open_sources(cfg.data.path, cfg.data.validation, "val", cfg.data.seq_len)
+    data = cfg.data
+    cache = BlockCache(Path(data.cache_dir), int(data.cache_gib * 2**30)) if data.cache_gib else None
+    how: dict[str, Any] = {"checked": data.verify, "cache": cache}
+    loader = Loader(data.path, data.mixture, data.seq_len, cfg.train.seed, data.workers, data.ahead, **how)
+    held.callback(loader.close)
+    held_out = open_sources(data.path, data.validation, "val", data.seq_len, **how)
     tokenizer = load_tokenizer(cfg.data.path)
     check_vocabulary(tokenizer, cfg.model)
     micro_steps = cfg.micro_steps(groups.world)
@@ -155,8 +161,16 @@ def _train(
         data_mixture={name: quota / 1000 for name, quota in loader.mixture.quotas.items()},
         epochs=loader.mixture.epochs(cfg.total_steps * trainer.rows),
     )
+    plan = data_plan.plan(loader.mixture, cfg.data.seq_len, cfg.total_steps * trainer.rows)
+    for line in data_plan.lines(plan):
+        metrics.say(line)
+    repeated = data_plan.too_often(plan, cfg.data.max_epochs)
+    if repeated and trainer.step == 0:
+        metrics.alert(0, "data repeated", repeated)
     for notice in notices:
         metrics.alert(trainer.step, "damaged checkpoint", notice)
+    if trainer.data_change:
+        metrics.alert(trainer.step, "data mixture changed", trainer.data_change)
     if reader is not None:
         metrics.say(f"resuming after step {trainer.step} from {reader.folder}")
     with Profiler(cfg.profile.steps, run_dir, groups.rank, groups.device, metrics.say, cfg.total_steps) as profiler:

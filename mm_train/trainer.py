@@ -16,6 +16,7 @@ import torch
 from mm_train import config, optim
 from mm_train.anomalies import Anomalies, Verdict
 from mm_train.checkpoint.folders import latest
+from mm_train.checkpoint.format import FACTS
 from mm_train.checkpoint.reader import Reader, check_data, open_newest, restore
 from mm_train.checkpoint.writer import Writer
 from mm_train.data import Loader
@@ -59,6 +60,7 @@ class Trainer:
         self.run_dir = Path(cfg.run.dir)
         self.rows = cfg.train.global_batch_tokens // cfg.data.seq_len
         self.step = self.updates = self.left_out = 0
+        self.data_change: str | None = None  # between the checkpoint gone on from and now, in words
         self.anomalies = Anomalies(cfg.faults)
         self.writer = Writer(self.run_dir, groups, cfg, beat=lambda: self._beat("checkpoint"))
         self.writer.reserve(engine)
@@ -174,7 +176,10 @@ class Trainer:
     def resume(self, reader: Reader) -> None:
         """Take over everything from a checkpoint. Raises UserError when it is of another network or other data."""
         reader.check_model(self.cfg.model)
-        check_data(reader, self.loader.identity, self.rows)
+        if all(key in reader.manifest for key in FACTS):
+            there, sample = reader.manifest["data"], reader.manifest["samples"]
+            self.data_change = self.loader.follow(there, sample, self.cfg.data.on_change)
+        check_data(reader, self.loader.identity, self.rows, mixture_has_changed=self.data_change is not None)
         self._settle()
         restore(reader, self.engine, self.groups)
         self.step, self.updates = reader.step, reader.manifest["updates"]

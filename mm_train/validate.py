@@ -86,9 +86,9 @@ def _sum_rows(
         # All ranks make equally many forward passes, as all-to-all needs; rows beyond the end score nothing.
         first = start + groups.dp_rank * rows
         mine = [windows[i % len(windows)] for i in range(first, first + rows)]
-        batch = collate([reader.window(window, seq_len) for window in mine]).to(groups.device)
+        batch = collate([reader.row(window, seq_len) for window in mine]).to(groups.device)
         batch.labels_BT[max(0, len(windows) - first) :] = IGNORE
-        losses = model.losses(batch.tokens_BT, batch.labels_BT, batch.document_BT)
+        losses = model.losses(batch.tokens_BT, batch.labels_BT, batch.document_BT, batch.lengths)
         scored = batch.labels_BT[batch.labels_BT != IGNORE]
         sums += torch.stack([losses.cross_entropy_sum.double(), _count(scored), bytes_V[scored].sum().double()])
     return sums

@@ -241,20 +241,24 @@ def _read_local(reader: Reader, name: str, box: Box, kind: str, start: int, stop
     return reader.read_range(name, kind, box, start, stop)
 
 
-def check_data(reader: Reader, identity: dict[str, Any], global_rows: int) -> None:
+def check_data(reader: Reader, identity: dict[str, Any], global_rows: int, mixture_has_changed: bool = False) -> None:
     """Raises UserError when going on would not continue the same stream of samples; says what differs or is missing.
 
-    `identity` is data.Loader.identity, `global_rows` the number of samples of an optimizer step.
+    `identity` is data.Loader.identity, `global_rows` the number of samples of an optimizer step. With
+    `mixture_has_changed`, which the user then wants, seed and length have to be the same, but not the sources.
     """
     manifest = reader.manifest
     for key in FACTS:
         if key not in manifest:
             raise UserError(f"checkpoint {reader.folder} does not say its {key}: nothing can be continued from it")
-    difference = data_difference(identity, manifest["data"])
+    free = ("sources", "since") if mixture_has_changed else ()
+    difference = data_difference(identity, manifest["data"] | {key: identity[key] for key in free})
     if difference:
+        same = all(identity.get(key) == manifest["data"].get(key) for key in ("seed", "seq_len"))
         raise UserError(
             f"checkpoint {reader.folder} was trained on other data: {difference}; use a new run.dir with init_from to"
             " start a new stage from its weights"
+            + (", or data.on_change=continue to go on with the new mixture from here" if same else "")
         )
     rows, samples = manifest["rows_per_step"], manifest["samples"]
     if rows != global_rows:

@@ -73,7 +73,7 @@ class DeepSpeedEngine:
         )
 
     def forward(self, batch: Batch) -> Losses:
-        return self.engine(batch.tokens_BT, batch.labels_BT, batch.document_BT)
+        return self.engine(batch.tokens_BT, batch.labels_BT, batch.document_BT, batch.lengths)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)

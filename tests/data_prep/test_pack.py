@@ -1,8 +1,8 @@
-import random
 import time
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.pack import best_fit
@@ -30,10 +30,32 @@ def test_lengths_that_do_not_fit():
             best_fit([3, length], 10)
 
 
-def test_many_documents_are_packed_tightly_and_quickly():
-    random.seed(0)
-    lengths = [min(8192, int(random.lognormvariate(6, 1)) + 1) for _ in range(50_000)]
+@settings(max_examples=200)
+@given(st.integers(1, 70).flatmap(lambda n: st.tuples(st.lists(st.integers(1, n), max_size=80), st.just(n))))
+def test_it_is_what_placing_one_document_at_a_time_gives(case):
+    lengths, capacity = case
+    rows, free, touched = [], [], []
+    for clock, index in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        room = [row for row in range(len(rows)) if free[row] >= lengths[index]]
+        # The fullest; of equally full ones, that which was filled last.
+        row = min(room, key=lambda row: (free[row], -touched[row]), default=len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(capacity)
+            touched.append(0)
+        rows[row].append(index)
+        free[row] -= lengths[index]
+        touched[row] = clock
+    assert best_fit(lengths, capacity) == sorted(sorted(row) for row in rows)
+
+
+@pytest.mark.parametrize("capacity", [2049, 8193])
+@pytest.mark.parametrize("mean", [5, 6])  # of the logarithm: 150 and 400 tokens in the middle
+def test_many_documents_are_packed_tightly_and_quickly(capacity, mean):
+    """As many as encode.py packs together."""
+    random = np.random.default_rng(0)
+    lengths = np.minimum(capacity, random.lognormal(mean, 1, 65_536).astype(int) + 1)
     start = time.process_time()
-    rows = best_fit(lengths, 8192)
-    assert time.process_time() - start < 5
-    assert len(rows) * 8192 < 1.001 * sum(lengths) + 8192
+    rows = best_fit(lengths, capacity)
+    assert time.process_time() - start < 1
+    assert len(rows) * capacity < 1.0005 * lengths.sum() + capacity

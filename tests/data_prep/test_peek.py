@@ -13,6 +13,14 @@ def test_overview_of_a_data_set(data_set, capsys):
     assert "stream" in printed[-1]
 
 
+def test_a_window_of_everything(data_set, capsys):
+    assert peek.main([str(data_set), "-n", "1", "--colour", "always"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("=== ") == 4
+    assert printed.count(" shard(s), ") == 4
+    assert peek.GREEN in printed
+
+
 def test_windows_show_borders_and_what_is_trained_on(data_set, capsys):
     assert peek.main([str(data_set / "chat" / "train"), "--window", "0", "-n", "1"]) == 0
     printed = capsys.readouterr().out

@@ -347,3 +347,15 @@ def test_it_needs_no_torch():
         " sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_what_a_stage_reads_of_its_data(data_set, capsys):
+    stage = str(ROOT / "configs/stage/tiny/pretrain.yaml")
+    words = [str(ROOT / "configs/model/tiny.yaml"), stage, f"data.path={data_set}", "data.seq_len=64"]
+    assert main([*words, "data.mixture={code: 1, docs: 0, books: 1}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Data in {data_set}\n  code: 50.0% of the rows, 401 k tokens of 21.2 k: 18.9 epochs\n" in printed
+    assert "  books: not prepared\n" in printed
+    assert "  this stage reads code 18.9 times; more than data.max_epochs (4)" in printed
+    assert main([*words, "data.path=nowhere", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"] is None

@@ -400,3 +400,32 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path, c
 def test_active_parameters_are_the_published_ones(size, active):
     cfg = config.load([ROOT / f"configs/model/{size}.yaml", ROOT / "configs/stage/pretrain.yaml"], ["run.dir=x"])
     assert sum(active_parameters(cfg.model).values()) == active
+
+
+def test_a_changed_mixture_is_refused_unless_it_is_told_to_go_on(small_config, capsys):
+    first = dataclasses.replace(small_config, train=dataclasses.replace(small_config.train, tokens=6 * 512))
+    first.checkpoint.every = 6
+    train(first)
+    run = Path(small_config.run.dir)
+    (run / "DONE").unlink()
+    changed = dataclasses.replace(small_config, data=dataclasses.replace(small_config.data, mixture={"code": 1}))
+    with pytest.raises(UserError, match=r"its source chat is missing here; .*, or data\.on_change=continue to go on"):
+        train(changed)
+    going_on = dataclasses.replace(changed, data=dataclasses.replace(changed.data, on_change="continue"))
+    assert train(going_on) == 0
+    (alert,) = (r for r in read_metrics(run)["alert"] if r["title"] == "data mixture changed")
+    assert alert["text"] == "the mixture changes at sample 48: chat 250 -> 0 in 1000; code 750 -> 1000 in 1000"
+    data = Reader(latest(run)).manifest["data"]
+    assert (data["since"]["sample"], data["since"]["before"]["chat"]["samples_in_1000"]) == (48, 250)
+    capsys.readouterr()
+    (run / "DONE").unlink()
+    longer = dataclasses.replace(changed.train, tokens=13 * 512)
+    assert train(dataclasses.replace(changed, train=longer)) == 0  # once taken over, it is the run's mixture
+    assert "data code: 100.0% of the rows" in capsys.readouterr().out
+
+
+def test_a_source_that_is_repeated_too_often_is_warned_about(small_config):
+    small_config.data = dataclasses.replace(small_config.data, max_epochs=0.01)
+    train(small_config)
+    (alert,) = (r for r in read_metrics(Path(small_config.run.dir))["alert"] if r["title"] == "data repeated")
+    assert alert["text"].startswith("this stage reads chat 0.")
