@@ -142,8 +142,12 @@ def _down_backward(
 
 def _block_f(x: Tensor, hidden: int) -> int:
     """Hidden columns of one accumulator, of which both kernels hold two: as many as leave the registers unspilled."""
-    hopper = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return min(128 if hopper else 64, triton.next_power_of_2(hidden))
+    return min(128 if _capability(x) >= (9, 0) else 64, triton.next_power_of_2(hidden))
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    """The compute capability of the device; Triton's interpreter takes what Hopper does."""
+    return torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (9, 0)
 
 
 def _forward(x: Tensor, gate_up: Tensor, down: Tensor, table: Tensor, rows: int, slot_R: Tensor | None, top_k: int):

@@ -2,6 +2,7 @@
 
 python -m mm_train.bench_train configs/model/tiny.yaml
 python -m mm_train.bench_train configs/model/tiny.yaml configs/stage/tiny/pretrain.yaml --json   # on the stage's data
+python -m mm_train.bench_train configs/model/s.yaml train.dtype=bfloat16 --alone   # this trainer only, one process
 
 Every way trains the same shape on the same rows in the same micro-batches, with the same AdamW and clipping, in
 processes of its own, and all ways share the same cores: one process uses them all, R ranks a part each. They take turns
@@ -27,7 +28,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mm_train import config, rules
+from mm_train import config, costs, rules
 from mm_train.cli import UserError, command
 
 ALIKE = 0.02  # by how much the numbers of parameters may differ
@@ -88,16 +89,23 @@ class Runner:
                 )
             )
 
-    def start(self) -> int:
-        """Build and warm up; returns the number of parameters. Raises UserError when a process fails."""
-        answers = self._ask({"cfg": asdict(self.way.cfg), "experts": self.way.experts, "steps": WARM_UP})
-        return answers[0]["parameters"]
+    def start(self) -> dict[str, Any]:
+        """Build and warm up; returns the number of parameters, the device's name and its peak FLOPs a second (or None).
 
-    def measure(self, steps: int) -> tuple[float, float]:
-        """(tokens/s over `steps` more steps, loss of the last). Raises UserError when a process fails."""
+        Raises UserError when a process fails.
+        """
+        answers = self._ask({"cfg": asdict(self.way.cfg), "experts": self.way.experts, "steps": WARM_UP})
+        return {key: answers[0][key] for key in ("parameters", "device", "peak_flops", "torch")}
+
+    def measure(self, steps: int) -> tuple[float, float, dict[str, float]]:
+        """(tokens/s over `steps` more steps, loss of the last, peak memory so far by kind, in GiB over all processes).
+
+        Raises UserError when a process fails.
+        """
         answers = self._ask({"steps": steps})
         seconds = max(answer["seconds"] for answer in answers)
-        return steps * self.way.cfg.train.global_batch_tokens / seconds, answers[0]["loss"]
+        memory = {kind: sum(answer["memory_gib"][kind] for answer in answers) for kind in answers[0]["memory_gib"]}
+        return steps * self.way.cfg.train.global_batch_tokens / seconds, answers[0]["loss"], memory
 
     def _ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         """Every process's answer to one line of JSON."""
@@ -134,7 +142,7 @@ class Runner:
 
 
 def compare(all_ways: Sequence[Way], threads: int, steps: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """For each way its parameters, tokens/s of every repeat and last loss, measured in turns."""
+    """For each way what `Runner.start` says, tokens/s of every repeat, last loss and peak memory, measured in turns."""
     with ExitStack() as stack:
         runners = []
         for way in all_ways:
@@ -142,12 +150,14 @@ def compare(all_ways: Sequence[Way], threads: int, steps: int, repeats: int) -> 
             runners.append(Runner(way, threads))
             stack.callback(runners[-1].close)
         facts: dict[str, dict[str, Any]]
-        facts = {r.way.name: {"parameters": r.start(), "tokens_per_second": [], "loss": math.nan} for r in runners}
+        facts = {
+            r.way.name: r.start() | {"ranks": r.way.ranks, "tokens_per_second": [], "loss": math.nan} for r in runners
+        }
         for _ in range(repeats):
             for runner in runners:
-                speed, loss = runner.measure(steps)
-                facts[runner.way.name]["tokens_per_second"].append(speed)
-                facts[runner.way.name]["loss"] = loss
+                its = facts[runner.way.name]
+                speed, its["loss"], its["memory_gib"] = runner.measure(steps)
+                its["tokens_per_second"].append(speed)
     return facts
 
 
@@ -163,13 +173,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each way (default %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="1: do without several ranks (default %(default)s)")
     parser.add_argument("--threads", type=int, default=_cores(), help="cores for each way (default: all, %(default)s)")
+    parser.add_argument("--alone", action="store_true", help="this trainer in one process, beside nothing else")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     args = parser.parse_args(argv)
     if min(args.steps, args.repeats, args.ranks, args.threads) < 1:
         raise UserError("--steps, --repeats, --ranks and --threads must be at least 1")
     cfg = config.load_words(args.config, check=rules.validate_training)
-    _check_comparable(cfg.model)
-    found = compare(ways(cfg, args.ranks), args.threads, args.steps, args.repeats)
+    if not args.alone:
+        _check_comparable(cfg.model)
+    chosen = [Way("this trainer, 1 process", _laid_out(cfg, 1, 1))] if args.alone else ways(cfg, args.ranks)
+    found = compare(chosen, args.threads, args.steps, args.repeats)
     facts = summary(cfg, found) | {key: getattr(args, key) for key in ("steps", "repeats", "threads")}
     print(json.dumps(facts, indent=1) if args.json else text(facts))
     return 0
@@ -192,6 +205,9 @@ def _check_comparable(model: config.Model) -> None:
 def summary(cfg: config.Config, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What is printed. `times_the_first` is the median over measurements that followed each other.
 
+    `mfu` is the model's FLOPs in a second (costs.train_flops) over the peak of the devices; None where that is unknown,
+    and for transformers, whose attention does other work.
+
     Raises UserError when the models compared are not of the same size.
     """
     first, *_ = found.values()
@@ -201,11 +217,14 @@ def summary(cfg: config.Config, found: dict[str, dict[str, Any]]) -> dict[str, A
                 f"{name} has {facts['parameters']:,} parameters and this trainer's model {first['parameters']:,}:"
                 f" more than {ALIKE:.0%} apart, which is no comparison"
             )
-    for facts in found.values():
+    flops = sum(costs.train_flops(cfg.model, cfg.data.seq_len).values())
+    for name, facts in found.items():
         speeds = facts["tokens_per_second"]
         facts["median"] = statistics.median(speeds)
         ratios = [speed / base for speed, base in zip(speeds, first["tokens_per_second"], strict=True)]
         facts["times_the_first"] = statistics.median(ratios)
+        peak = None if name.startswith("transformers") else facts.get("peak_flops")
+        facts["mfu"] = facts["median"] * flops / (peak * facts["ranks"]) if peak else None
     return {
         "model": cfg.model.name,
         "tokens_of_a_step": cfg.train.global_batch_tokens,
@@ -225,17 +244,31 @@ def text(facts: dict[str, Any]) -> str:
         f" {facts['rows_of_a_micro_batch']} x {facts['tokens_of_a_row']:,}, {facts['dtype']}, {facts['dispatch']};"
         f" {facts['data']}",
         f"{facts['threads']} threads; {facts['repeats']} measurements of {facts['steps']} steps each, in turns",
-        f"  {'':44s} {'parameters':>13s} {'tokens/s':>9s} {'lowest..highest':>18s} {'ratio':>6s} {'loss':>6s}",
+        f"  {'':44s} {'parameters':>13s} {'tokens/s':>9s} {'lowest..highest':>18s} {'ratio':>6s} {'loss':>6s}"
+        f" {'GiB':>6s} {'MFU':>6s}",
     ]
     for name, way in facts["ways"].items():
         speeds = way["tokens_per_second"]
         span = f"{min(speeds):,.0f}..{max(speeds):,.0f}"
         lines.append(
             f"  {name:44s} {way['parameters']:13,d} {way['median']:9,.0f} {span:>18s}"
-            f" {way['times_the_first']:6.2f} {way['loss']:6.2f}"
+            f" {way['times_the_first']:6.2f} {way['loss']:6.2f} {_peak_gib(way):>6s} {_percent(way['mfu']):>6s}"
         )
-    lines.append("transformers has weights in its norms of queries and keys; ratio: times as fast as the first line")
+    if len(facts["ways"]) > 1:
+        lines.append(
+            "transformers has weights in its norms of queries and keys; ratio: times as fast as the first line"
+        )
+    lines.append("GiB: peak memory, of the GPU where there is one, of all processes together")
     return "\n".join(lines)
+
+
+def _peak_gib(way: dict[str, Any]) -> str:
+    memory = way.get("memory_gib", {})
+    return f"{memory.get('device', memory['host']):.1f}" if memory else "-"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _cores() -> int:

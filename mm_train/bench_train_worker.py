@@ -26,6 +26,7 @@ from mm_train.optim import adamw, learning_rate, parameter_groups
 from mm_train.parallel.assemble import assemble
 from mm_train.parallel.engine import build_engine
 from mm_train.parallel.groups import init_groups
+from mm_train.statistics import memory_gib, peak_flops
 from mm_train.trainer import Trainer
 from mm_train.watchdog import Watchdog
 from mm_train.weights import fill, initial
@@ -63,6 +64,7 @@ class Training(Protocol):
     """A way of training."""
 
     parameters: int
+    device: torch.device
 
     def step(self) -> float:
         """One optimizer step; returns the loss in nats per token."""
@@ -83,6 +85,7 @@ class OurTraining:
         self.trainer = Trainer(cfg, groups, build_engine(model, cfg, groups), rows_of(cfg), metrics, watchdog)
         counts = parameters(cfg.model)
         self.parameters = sum(counts.values()) - cfg.model.num_local_experts * cfg.model.num_hidden_layers  # the biases
+        self.device = groups.device
 
     def step(self) -> float:
         return self.trainer.train_step(stop=False).totals.loss
@@ -173,9 +176,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         experts = first["experts"]
         training: Training = TransformersTraining(cfg, experts) if experts else OurTraining(cfg, folder)
-        _answer(answers, train(training, first["steps"]) | {"parameters": training.parameters})
+        facts = {"parameters": training.parameters, **machine(training.device, cfg.train.dtype)}
+        _answer(answers, train(training, first["steps"]) | facts)
         for line in sys.stdin:
-            _answer(answers, train(training, json.loads(line)["steps"]))
+            _answer(answers, train(training, json.loads(line)["steps"]) | {"memory_gib": memory_gib(training.device)})
     return 0
 
 
@@ -187,6 +191,12 @@ def train(training: Training, steps: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - begun, "loss": loss}
+
+
+def machine(device: torch.device, dtype: str) -> dict[str, Any]:
+    """The device's name, and its peak in FLOPs a second (mm_train.statistics.peak_flops)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "peak_flops": peak_flops(device, dtype), "torch": torch.__version__}
 
 
 def _answer(answers: Any, values: dict[str, Any]) -> None:

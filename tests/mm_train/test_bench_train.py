@@ -10,6 +10,7 @@ from mm_train import config
 from mm_train.bench_train import Runner, Way, compare, main, summary, text, ways
 from mm_train.bench_train_worker import RandomRows, TransformersTraining, glm4_moe
 from mm_train.cli import UserError
+from mm_train.costs import train_flops
 from mm_train.inventory import parameters
 
 
@@ -84,6 +85,27 @@ def test_random_rows_are_shared_out_as_data_is(cfg):
     assert whole.shape == (8, 32)
     (batch, *_) = rows.micro_batches(0, 8, 8, 0, 1)
     assert torch.equal(batch.labels_BT[:, :-1] == -100, batch.document_BT.diff() > 0)
+
+
+def test_this_trainer_alone_needs_nothing_to_compare_with(capsys):
+    """A network that the other has not, and the figures of --json; on a CPU there is no peak to divide by."""
+    words = "configs/model/tiny.yaml model.scoring_func=softmax model.num_hidden_layers=2 data.seq_len=64"
+    words += " train.micro_batch_size=2 train.global_batch_tokens=256 train.tokens=2048 optim.warmup_steps=1"
+    assert main([*words.split(), "--alone", "--json", "--steps", "1", "--repeats", "2", "--threads", "1"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    ((name, way),) = facts["ways"].items()
+    assert name == "this trainer, 1 process"
+    assert len(way["tokens_per_second"]) == 2
+    assert way["device"] == "cpu"
+    assert way["mfu"] is None
+    assert 0.1 < way["memory_gib"]["host"] < 10
+    assert text(facts).count("\n") == 4
+
+
+def test_mfu_is_of_the_model_and_all_devices(cfg):
+    flops = sum(train_flops(cfg.model, cfg.data.seq_len).values())
+    way = {"parameters": 1, "tokens_per_second": [10.0], "loss": 1.0, "peak_flops": 40.0 * flops, "ranks": 2}
+    assert summary(cfg, {"this trainer, 2 ranks": way})["ways"]["this trainer, 2 ranks"]["mfu"] == 10 / 40 / 2
 
 
 def test_a_process_that_fails_is_one_line(cfg):
