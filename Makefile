@@ -2,19 +2,31 @@
 #   PYTHON       interpreter for the .venv, 3.11 or newer            make test PYTHON=python3.12
 #   TORCH_INDEX  package index to take torch from, for a CUDA or CPU build other than the one that is found
 #   ARGS         more arguments for pytest                            make test ARGS="-k metrics"
+#   GPU_PYTHON   for gpu-test and gpu-bench, an interpreter that has torch and triton: nothing is installed then
+#                                                                     make gpu-bench GPU_PYTHON=python3
+#   SIZES        networks that gpu-bench measures                     make gpu-bench SIZES="s m"
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
-EXTRAS := distributed,data,tracking,eval,hf,report,llama3,dev
+GPU_PYTHON ?=
+SIZES ?= s m l
+EXTRAS := distributed,data,tracking,eval,hf,report,llama3,kernels,peers,dev
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 BIN := .venv/bin
+ON_GPU := $(or $(GPU_PYTHON),$(BIN)/python)
+FOR_GPU := $(if $(GPU_PYTHON),,.venv/.installed)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install quickstart test lint format clean
+define NEED_GPU
+$(ON_GPU) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
+  { echo "error: $(ON_GPU) finds no GPU: it needs a CUDA device, and a torch that is built for it"; exit 1; }
+endef
+
+.PHONY: help install quickstart test gpu-test gpu-bench lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## make .venv and install everything into it
 
@@ -24,6 +36,17 @@ quickstart: .venv/.installed ## the whole pipeline on real text, small enough fo
 # one thread: sums that are compared bit for bit need one order, and matrices this small are quicker so
 test: .venv/.installed ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+gpu-test: $(FOR_GPU) ## run the tests that need a GPU
+	@$(NEED_GPU)
+	@$(ON_GPU) -m pytest -m gpu $(ARGS)
+
+gpu-bench: $(FOR_GPU) ## measure kernels and a training step on a GPU: tables and JSON under runs/bench
+	@$(NEED_GPU)
+	@mkdir -p runs/bench; failed=""; for size in $(SIZES); do \
+	  $(ON_GPU) -m kernels.bench --size $$size --json runs/bench/$$size.json >runs/bench/$$size.txt || failed="$$failed $$size"; \
+	  cat runs/bench/$$size.txt; echo; \
+	done; [ -z "$$failed" ] || { echo "error: gpu-bench failed for$$failed"; exit 1; }
 
 lint: .venv/.installed ## check style and types
 	@$(BIN)/ruff check

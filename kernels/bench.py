@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from kernels.backend import TRITON_IS_INSTALLED
 from kernels.bench_cases import OURS, cases
 from kernels.bench_measure import copy_bandwidth, matmul_rate
 from kernels.bench_report import heading, text
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     size = args.size or ("s" if on_gpu else "tiny")
+    if on_gpu and not TRITON_IS_INSTALLED:
+        parser.error("triton is not installed: pip install 'mobilemoe-train[kernels]'")
     counts = _counts(parser, args.tokens or (TOKENS_ON_GPU if on_gpu else TOKENS_ON_CPU))
     if args.json:
         try:

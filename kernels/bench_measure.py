@@ -88,14 +88,14 @@ def synchronize(device: torch.device) -> None:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second of a plain copy, reads and writes counted: what a kernel that moves rows is measured by."""
-    source = torch.zeros((2**30 if device.type == "cuda" else 2**27) // 4, dtype=torch.float32, device=device)
+    source = torch.zeros((2**30 if device.type == "cuda" else 2**26) // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / measure(lambda: target.copy_(source), device).seconds
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of one large square matrix product in `dtype`."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 512
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     out = torch.empty_like(a)
     return 2 * n**3 / measure(lambda: torch.mm(a, b, out=out), device).seconds
