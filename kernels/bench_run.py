@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from kernels.bench_cases import BYTES, COMPILED, OURS, REFERENCE, Case, Function
@@ -44,7 +45,9 @@ def run_case(
             absent[way] = only
             continue
         try:
-            found = _way(case, function, expected, device, passes)
+            # Gradients are taken many times from one forward pass: what torch.compile saved for it must stay.
+            with torch._functorch.config.patch(donated_buffer=False):
+                found = _way(case, function, expected, device, passes)
         except Exception as problem:  # a way that fails is an entry, and no end of the others
             found = {name: {"absent": _said(problem)} for name in names}
         for name in names:
