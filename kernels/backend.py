@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -37,3 +41,16 @@ def use_triton(x: Tensor) -> bool:
     if not TRITON_IS_INSTALLED:
         raise KernelError("Triton is not installed: pip install triton, or set MM_KERNELS=reference")
     return True
+
+
+def on_its_device(operator: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Wrap what launches kernels: on the GPU of its first argument, a tensor, not on whichever is current."""
+    import torch
+
+    @functools.wraps(operator)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        first = args[0] if args else next(iter(kwargs.values()))
+        with torch.cuda.device_of(first):  # nothing for a CPU tensor
+            return operator(*args, **kwargs)
+
+    return wrapped

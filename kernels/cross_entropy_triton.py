@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**29  # of logits at once: 1 GiB in 16 bits; the weight's gradient is read and written once a chunk
+from kernels.backend import on_its_device
+
+CHUNK_ELEMENTS = 2**29  # of logits at once, 1 GiB in 16 bits; the weight's gradient is read and written once a chunk
 BLOCK_V = 8192  # classes at a time
 
 
@@ -18,12 +20,13 @@ BLOCK_V = 8192  # classes at a time
 def _softmax_gradient(
     logits_ptr, labels_ptr, loss_ptr, num_classes, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """One row: loss = log-sum-exp - logit of the label; the logits become softmax - one-hot."""
+    """One row: loss = log-sum-exp - logit of the label (NaN for no class); the logits become softmax - one-hot."""
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     logits = logits_ptr + row.to(tl.int64) * num_classes
     is_scored = label != IGNORE
-    target = tl.load(logits + tl.where(is_scored, label, 0)).to(tl.float32)  # before any thread overwrites it
+    is_class = (label >= 0) & (label < num_classes)
+    target = tl.load(logits + tl.where(is_class, label, 0)).to(tl.float32)  # before any thread overwrites it
     lane = tl.arange(0, BLOCK_V)
     if is_scored:
         top, total = float("-inf"), 0.0
@@ -33,7 +36,7 @@ def _softmax_gradient(
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
             top = higher
         log_sum = top + tl.log(total)
-        tl.store(loss_ptr + row, log_sum - target)
+        tl.store(loss_ptr + row, tl.where(is_class, log_sum - target, float("nan")))
         if GRADIENT:
             for first in range(0, num_classes, BLOCK_V):
                 here = first + lane < num_classes
@@ -49,6 +52,7 @@ def _softmax_gradient(
 
 
 @torch.library.custom_op("mobilemoe::linear_cross_entropy", mutates_args=())
+@on_its_device
 def linear_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, weight_cast_VD: Tensor, labels_N: Tensor, gradients: bool, ignore: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +70,8 @@ def linear_cross_entropy(
         logits = hidden @ weight_cast_VD.T
         _softmax_gradient[(hidden.shape[0],)](
             logits, labels.contiguous(), losses_N[first:], classes, IGNORE=ignore, GRADIENT=gradients,
-            BLOCK_V=min(BLOCK_V, triton.next_power_of_2(classes)), num_warps=8,
+            BLOCK_V=min(BLOCK_V, triton.next_power_of_2(classes)),
+            num_warps=32,  # one row an SM, so that what is read a second time is in the L2 cache
         )  # fmt: skip
         if gradients:
             torch.mm(logits, weight_cast_VD, out=dhidden_ND[first : first + rows])
@@ -99,6 +104,7 @@ def _(hidden_ND, weight_VD, weight_cast_VD, labels_N, gradients, ignore):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.dtype = inputs[1].dtype
     ctx.save_for_backward(*output[1:])
 

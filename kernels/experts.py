@@ -79,7 +79,7 @@ def mixture(
 
         return experts_triton.mixture(
             x_TD.contiguous(),
-            weights_TK,
+            weights_TK.contiguous(),
             *_with_casts(gate_up_EDF, down_EFD, x_TD.dtype),
             plan.slot_R,
             plan.row_TK,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import on_its_device
 from kernels.grouped_matmul_triton import (
     BLOCK_I,
     BLOCK_R,
@@ -141,8 +142,8 @@ def _down_backward(
 
 
 def _block_f(x: Tensor, hidden: int) -> int:
-    """Hidden columns of one accumulator, of which both kernels hold two: as many as leave the registers unspilled."""
-    return min(128 if _capability(x) >= (9, 0) else 64, triton.next_power_of_2(hidden))
+    """Hidden columns of one accumulator, of which both kernels hold two: as registers and shared memory allow."""
+    return min(128 if _capability(x) >= (9, 0) and x.element_size() == 2 else 64, triton.next_power_of_2(hidden))
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
@@ -193,6 +194,7 @@ def _backward(
 
 
 @torch.library.custom_op("mobilemoe::mixture", mutates_args=())
+@on_its_device
 def mixture(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -218,6 +220,7 @@ def mixture(
 
 
 @torch.library.custom_op("mobilemoe::mixture_backward", mutates_args=())
+@on_its_device
 def mixture_backward(
     dy_TD: Tensor,
     x_TD: Tensor,
@@ -239,6 +242,7 @@ def mixture_backward(
 
 
 @torch.library.custom_op("mobilemoe::experts", mutates_args=())
+@on_its_device
 def experts(
     x_RD: Tensor,
     gate_up: Tensor,
@@ -254,6 +258,7 @@ def experts(
 
 
 @torch.library.custom_op("mobilemoe::experts_backward", mutates_args=())
+@on_its_device
 def experts_backward(
     dy_RD: Tensor,
     x_RD: Tensor,
@@ -290,6 +295,7 @@ def _(dy_RD, x_RD, gate_up_cast, down_cast, starts_E, used_E, hidden_RH):
 
 
 def _save_mixture(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x_TD, weights_TK, gate_up, down, *kept, ctx.full = inputs
     ctx.dtypes = gate_up.dtype, down.dtype
     ctx.save_for_backward(x_TD, weights_TK, *kept, output[1])
@@ -301,6 +307,7 @@ def _mixture_backward(ctx, dy_TD, _dhidden):
 
 
 def _save_experts(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x_RD, gate_up, down, *kept = inputs
     ctx.dtypes = gate_up.dtype, down.dtype
     ctx.save_for_backward(x_RD, *kept, output[1])

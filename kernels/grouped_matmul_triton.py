@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import on_its_device
+
 BLOCK_R = 128  # rows a tile
 BLOCK_I = 64  # of the inner dimension at a time
 IDLE = -1  # in the tile table: no expert
@@ -34,7 +36,7 @@ def _tile_table(starts_ptr, used_ptr, table_ptr, num_tiles, E: tl.constexpr, BLO
     row = tl.sum(tl.where(hit, starts[None, :], 0), axis=1) + number * BLOCK_R
     end = tl.sum(tl.where(hit, (starts + used)[None, :], 0), axis=1)
     here = tile < num_tiles
-    tl.store(table_ptr + tile * 3, tl.where(mine < E, mine, -1), mask=here)
+    tl.store(table_ptr + tile * 3, tl.where(mine < E, mine, -1), mask=here)  # IDLE
     tl.store(table_ptr + tile * 3 + 1, row, mask=here)
     tl.store(table_ptr + tile * 3 + 2, end, mask=here)
 
@@ -107,7 +109,7 @@ def rows_matmul(a_RI: Tensor, b: Tensor, table: Tensor, transposed: bool = False
     rows, inner = a_RI.shape
     outer = b.shape[1] if transposed else b.shape[2]
     out_RO = a_RI.new_empty(rows, outer)
-    block_o = min(256, triton.next_power_of_2(outer))
+    block_o = min(256 if a_RI.element_size() == 2 else 128, triton.next_power_of_2(outer))  # shared memory is the limit
     _rows_kernel[(triton.cdiv(outer, block_o), table.shape[0])](
         a_RI, b, out_RO, table, IN=inner, OUT=outer, TRANSPOSED=transposed,
         BLOCK_R=BLOCK_R, BLOCK_I=BLOCK_I, BLOCK_O=block_o, num_warps=8, num_stages=3,
@@ -156,16 +158,19 @@ def weights_matmul(
     """
     (_, inner), (_, outer), experts = a.shape, b.shape, starts_E.numel()
     out_EIO = a.new_empty(experts, inner, outer, dtype=torch.float32)
-    block_i, block_o = min(128, triton.next_power_of_2(inner)), min(256, triton.next_power_of_2(outer))
+    block_i = min(128, triton.next_power_of_2(inner))
+    block_o = min(256 if a.element_size() == 2 else 128, triton.next_power_of_2(outer))
     _weights_kernel[(triton.cdiv(outer, block_o), triton.cdiv(inner, block_i), experts)](
         a, b, slot_R, out_EIO, starts_E, used_E, IN=inner, OUT=outer, K=top_k,
         GATHER_A=gather == "a", GATHER_B=gather == "b",
-        BLOCK_R=64, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=8, num_stages=3,
+        BLOCK_R=64, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=8,
+        num_stages=5,  # of which finding rows by an index takes two: three buffers
     )  # fmt: skip
     return out_EIO
 
 
 @torch.library.custom_op("mobilemoe::grouped_matmul", mutates_args=())
+@on_its_device
 def grouped_matmul(
     x_RI: Tensor, weight_EIO: Tensor, weight_cast_EIO: Tensor, starts_E: Tensor, used_E: Tensor
 ) -> Tensor:
@@ -174,6 +179,7 @@ def grouped_matmul(
 
 
 @torch.library.custom_op("mobilemoe::grouped_matmul_backward", mutates_args=())
+@on_its_device
 def grouped_matmul_backward(
     dout_RO: Tensor, x_RI: Tensor, weight_cast_EIO: Tensor, starts_E: Tensor, used_E: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -194,6 +200,7 @@ def _(dout_RO, x_RI, weight_cast_EIO, starts_E, used_E):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x_RI, weight_EIO, *kept = inputs
     ctx.dtype = weight_EIO.dtype
     ctx.save_for_backward(x_RI, *kept)

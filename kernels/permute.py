@@ -36,7 +36,7 @@ def plan_dropless(ids_TK: Tensor, counts_E: Tensor, places: Places | None = None
     With the `places` of a routing by Triton nothing has to be sorted.
     """
     if places is not None:
-        return _plan_by_places(ids_TK, counts_E, places, 0)
+        return _plan_by_places(ids_TK, counts_E, places, -1)
     slot_R = torch.sort(ids_TK.flatten(), stable=True).indices
     return Plan(slot_R, invert(slot_R).view_as(ids_TK), full=True)
 
@@ -93,7 +93,7 @@ def _plan_by_places(ids_TK: Tensor, counts_E: Tensor, places: Places, capacity: 
     from kernels import plan_triton
 
     slot_R, row_TK, starts_E, used_E = plan_triton.plan(ids_TK, *places, counts_E, capacity)
-    return Plan(slot_R, row_TK, capacity == 0, starts_E, used_E)
+    return Plan(slot_R, row_TK, capacity < 0, starts_E, used_E)
 
 
 def _rows(x: Tensor, index: Tensor, full: bool) -> Tensor:

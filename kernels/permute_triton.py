@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import on_its_device
+
 BLOCK_T = 16  # tokens a program
 BLOCK_R = 32  # rows a program, where padding is filled with zeros
 BLOCK_D = 256  # columns at a time
@@ -30,7 +32,7 @@ def _scatter(
             columns = start + tl.arange(0, BLOCK_D)
             zeros = tl.zeros([BLOCK_R, BLOCK_D], dtype=out_ptr.dtype.element_ty)
             empty = is_padding[:, None] & (columns < D)[None, :]
-            tl.store(out_ptr + padding[:, None] * D + columns[None, :], zeros, mask=empty)
+            tl.store(out_ptr + padding.to(tl.int64)[:, None] * D + columns[None, :], zeros, mask=empty)
     else:
         token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
         is_token = token < num_tokens
@@ -39,10 +41,12 @@ def _scatter(
         for first in tl.static_range(0, D, BLOCK_D):
             column = first + tl.arange(0, BLOCK_D)
             is_column = (column < D)[None, :]
-            x = tl.load(x_ptr + token[:, None] * D + column[None, :], mask=is_token[:, None] & is_column, other=0.0)
+            x = tl.load(
+                x_ptr + token.to(tl.int64)[:, None] * D + column[None, :], mask=is_token[:, None] & is_column, other=0.0
+            )
             for k in tl.static_range(K):
                 row = tl.load(row_ptr + token * K + k, mask=is_token, other=num_rows)
-                place = row[:, None] * D + column[None, :]
+                place = row.to(tl.int64)[:, None] * D + column[None, :]
                 here = (row < num_rows)[:, None] & is_column
                 if WEIGHTED:
                     weight = tl.load(weight_ptr + token * K + k, mask=is_token, other=0.0)
@@ -70,15 +74,16 @@ def _gather(
     for k in tl.static_range(K):
         row = tl.load(row_ptr + token * K + k, mask=is_token, other=num_rows)
         here = (row < num_rows)[:, None] & is_column
-        y = tl.load(y_ptr + row[:, None] * D + column[None, :], mask=here, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row.to(tl.int64)[:, None] * D + column[None, :], mask=here, other=0.0).to(tl.float32)
         if WEIGHTED:
             y = y * tl.load(weight_ptr + token * K + k, mask=is_token, other=0.0)[:, None]
         total += y
-    place = token[:, None] * D + column[None, :]
+    place = token.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=is_token[:, None] & is_column)
 
 
 @torch.library.custom_op("mobilemoe::scatter", mutates_args=())
+@on_its_device
 def scatter(x_TD: Tensor, slot_R: Tensor, row_TK: Tensor, full: bool) -> Tensor:
     """x_RD: each token in its rows, zeros in rows that no slot fills (there are none where `full`)."""
     x_RD = x_TD.new_empty(slot_R.numel(), x_TD.shape[1])
@@ -87,11 +92,12 @@ def scatter(x_TD: Tensor, slot_R: Tensor, row_TK: Tensor, full: bool) -> Tensor:
 
 
 @torch.library.custom_op("mobilemoe::weighted_scatter", mutates_args=())
+@on_its_device
 def weighted_scatter(
     dy_TD: Tensor, weights_TK: Tensor, y_RD: Tensor, slot_R: Tensor, row_TK: Tensor, full: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `gather` with weights: dy_RD, and dweights_TK (float32; 0 for dropped slots)."""
-    dy_RD, dweights_TK = torch.empty_like(y_RD), torch.empty_like(weights_TK)
+    dy_RD, dweights_TK = y_RD.new_empty(y_RD.shape), weights_TK.new_empty(weights_TK.shape)
     _launch_scatter(
         dy_TD.contiguous(), slot_R, row_TK, full, dy_RD, weights_TK.contiguous(), y_RD.contiguous(), dweights_TK
     )
@@ -99,6 +105,7 @@ def weighted_scatter(
 
 
 @torch.library.custom_op("mobilemoe::gather", mutates_args=())
+@on_its_device
 def gather(y_RD: Tensor, weights_TK: Tensor | None, slot_R: Tensor, row_TK: Tensor, full: bool) -> Tensor:
     """y_TD: the sum of each token's rows, weighted and differentiable where there are weights."""
     (tokens, top_k), (rows, width) = row_TK.shape, y_RD.shape
@@ -139,7 +146,7 @@ def _(x_TD, slot_R, row_TK, full):
 
 @weighted_scatter.register_fake
 def _(dy_TD, weights_TK, y_RD, slot_R, row_TK, full):
-    return torch.empty_like(y_RD), torch.empty_like(weights_TK)
+    return y_RD.new_empty(y_RD.shape), weights_TK.new_empty(weights_TK.shape)
 
 
 @gather.register_fake
@@ -148,6 +155,7 @@ def _(y_RD, weights_TK, slot_R, row_TK, full):
 
 
 def _save_scatter(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     _, slot_R, row_TK, ctx.full = inputs
     ctx.save_for_backward(slot_R, row_TK)
 
@@ -157,6 +165,7 @@ def _scatter_backward(ctx, dx_RD):
 
 
 def _save_gather(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     y_RD, weights_TK, slot_R, row_TK, ctx.full = inputs
     ctx.save_for_backward(weights_TK, y_RD, slot_R, row_TK)
 

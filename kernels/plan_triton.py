@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import on_its_device
 from kernels.router_triton import BLOCK_T
 
 BLOCK_S = 128  # slots a program
@@ -18,7 +19,7 @@ BLOCK_S = 128  # slots a program
 def _rows(
     ids_ptr, position_ptr, ahead_ptr, counts_ptr, row_ptr, slot_ptr, starts_ptr, used_ptr,
     num_slots, num_rows, capacity,
-    E: tl.constexpr, K: tl.constexpr, DROPLESS: tl.constexpr,
+    E: tl.constexpr, DROPLESS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, SLOTS_OF_A_BLOCK: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, BLOCK_E)
@@ -45,25 +46,26 @@ def _rows(
 
 
 @torch.library.custom_op("mobilemoe::plan", mutates_args=())
+@on_its_device
 def plan(
     ids_TK: Tensor, position_TK: Tensor, ahead_BE: Tensor, counts_E: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slot_R, row_TK, starts_E and used_E (all int32): see kernels.permute.Plan. Capacity 0 means dropless."""
+    """slot_R, row_TK, starts_E and used_E (all int32): see kernels.permute.Plan. A negative capacity means dropless."""
     outputs = slot_R, row_TK, starts_E, used_E = _empty(ids_TK, counts_E, capacity)
     slots, experts = ids_TK.numel(), counts_E.numel()
-    if capacity:
+    if capacity > 0:
         slot_R.fill_(slots)
     # At least one program: it writes starts and counts.
     _rows[(max(1, triton.cdiv(slots, BLOCK_S)),)](
         ids_TK, position_TK, ahead_BE, counts_E, row_TK, slot_R, starts_E, used_E,
-        slots, slot_R.numel(), capacity, E=experts, K=ids_TK.shape[1], DROPLESS=capacity == 0,
+        slots, slot_R.numel(), capacity, E=experts, DROPLESS=capacity < 0,
         BLOCK_S=BLOCK_S, BLOCK_E=triton.next_power_of_2(experts), SLOTS_OF_A_BLOCK=BLOCK_T * ids_TK.shape[1],
     )  # fmt: skip
     return outputs
 
 
 def _empty(ids_TK: Tensor, counts_E: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = capacity * counts_E.numel() if capacity else ids_TK.numel()
+    rows = capacity * counts_E.numel() if capacity >= 0 else ids_TK.numel()
     return (
         ids_TK.new_empty(rows),
         torch.empty_like(ids_TK),

@@ -40,10 +40,10 @@ def route_and_count(
         from kernels import router_triton
 
         ids_TK, weights_TK, counts_E, position_TK, ahead_BE, z_B, entropy_B = router_triton.route(
-            logits_TE, bias_E, top_k, scale, normalise, scoring == "softmax"
+            logits_TE.float(), bias_E, top_k, scale, normalise, scoring == "softmax"
         )
         places = Places(position_TK, ahead_BE)
-        return Routing(ids_TK, weights_TK, counts_E, z_B.sum(), entropy_B.sum(), places)
+        return Routing(ids_TK, weights_TK, counts_E, z_B.sum(), entropy_B.detach().sum(), places)
     ids_TK, weights_TK = route(logits_TE, bias_E, top_k, scale, normalise, scoring)
     counts_E = torch.bincount(ids_TK.flatten(), minlength=logits_TE.shape[1])
     return Routing(ids_TK, weights_TK, counts_E, z_loss_sum(logits_TE), entropy_sum(logits_TE, scoring))

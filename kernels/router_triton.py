@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import on_its_device
+
 BLOCK_T = 64  # tokens a program; also the blocks whose counts are scanned
 BLOCK_B = 64  # blocks scanned at once
 LOWEST = tl.constexpr(-3.0e38)  # above -inf, which marks what can no longer be chosen
@@ -140,6 +142,7 @@ def _scan(counts_ptr, ahead_ptr, total_ptr, num_blocks, E: tl.constexpr, BLOCK_B
 
 
 @torch.library.custom_op("mobilemoe::route", mutates_args=())
+@on_its_device
 def route(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise: bool, softmax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -163,15 +166,16 @@ def route(
 
 
 @torch.library.custom_op("mobilemoe::route_backward", mutates_args=())
+@on_its_device
 def route_backward(
     dweights_TK: Tensor, dz_B: Tensor, logits_TE: Tensor, ids_TK: Tensor, scale: float, normalise: bool, softmax: bool
 ) -> Tensor:
     """dlogits_TE."""
     tokens, experts = logits_TE.shape
-    dlogits_TE = torch.empty_like(logits_TE)
+    dlogits_TE = logits_TE.new_empty(logits_TE.shape)
     if tokens:
         _route_backward[(triton.cdiv(tokens, BLOCK_T),)](
-            dweights_TK.contiguous(), dz_B.contiguous(), logits_TE, ids_TK, dlogits_TE, tokens, scale,
+            dweights_TK.contiguous(), dz_B.contiguous(), logits_TE.contiguous(), ids_TK, dlogits_TE, tokens, scale,
             E=experts, K=ids_TK.shape[1], NORMALISE=normalise, SOFTMAX=softmax,
             BLOCK_T=BLOCK_T, BLOCK_E=triton.next_power_of_2(experts), num_warps=8,
         )  # fmt: skip
@@ -199,16 +203,21 @@ def _(logits_TE, bias_E, top_k, scale, normalise, softmax):
 
 @route_backward.register_fake
 def _(dweights_TK, dz_B, logits_TE, ids_TK, scale, normalise, softmax):
-    return torch.empty_like(logits_TE)
+    return logits_TE.new_empty(logits_TE.shape)
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     logits_TE, _, _, *ctx.options = inputs
     ctx.save_for_backward(logits_TE, output[0])
 
 
 def _backward(ctx, _ids, dweights_TK, _counts, _position, _ahead, dz_B, _entropy):
     logits_TE, ids_TK = ctx.saved_tensors
+    if dweights_TK is None:
+        dweights_TK = logits_TE.new_zeros(ids_TK.shape)
+    if dz_B is None:
+        dz_B = logits_TE.new_zeros((len(logits_TE) + BLOCK_T - 1) // BLOCK_T)
     return route_backward(dweights_TK, dz_B, logits_TE, ids_TK, *ctx.options), None, None, None, None, None
 
 

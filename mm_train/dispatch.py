@@ -62,11 +62,15 @@ class Dispatcher:
             with phase(self.clock, "all_to_all"):
                 dist.all_to_all_single(received_E, sent_E, group=self.group)
         received_SE, sent_SE = received_E.view(self.ranks, -1), sent_E.view(self.ranks, -1)
-        sent, received = sent_SE.sum(1).tolist(), received_SE.sum(1).tolist()
+        if plan.full:
+            sent, received = sent_SE.sum(1).tolist(), received_SE.sum(1).tolist()
+        else:  # known without waiting for the device
+            sent = received = [len(plan.slot_R) // self.ranks] * self.ranks
         x_RD = _AllToAll.apply(x_RD, received, sent, self.group, self.clock)
         # Rows arrive by source rank, then expert; the grouped matmul wants them by expert.
         expert_R = torch.arange(received_SE.shape[1], device=x_TD.device).repeat(self.ranks)
-        by_expert = torch.sort(expert_R.repeat_interleave(received_E), stable=True).indices
+        expert_R = expert_R.repeat_interleave(received_E, output_size=sum(received))
+        by_expert = torch.sort(expert_R, stable=True).indices
         inverse = invert(by_expert)
         record = Dispatched(plan, sent, received, by_expert, inverse)
         return reorder(x_RD, by_expert, inverse), received_SE.sum(0), record

@@ -104,7 +104,7 @@ class MoELayer(nn.Module):
             y_TD = self.dispatcher.combine(self.experts(x_RD, local_counts), routing.weights_TK, record)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
-        dropped = (plan.row_TK == plan.slot_R.numel()).sum()
+        dropped = rows_E.new_zeros(()) if plan.full else (plan.row_TK == plan.slot_R.numel()).sum()
         return y_TD, RouterStats(routing.counts_E, dropped, routing.z_loss_sum, routing.entropy_sum)
 
     def infer(self, x_TD: Tensor) -> Tensor:

@@ -40,3 +40,10 @@ def test_without_gradients_the_value_is_the_same(monkeypatch, device, small_bloc
     labels = torch.randint(0, 50, (30,), device=device)
     value = linear_cross_entropy(hidden, weight, labels)
     assert torch.equal(linear_cross_entropy(hidden.requires_grad_(), weight, labels).detach(), value)
+
+
+def test_a_label_that_is_no_class_makes_the_loss_nan(monkeypatch, device, small_blocks):
+    """A step with such a loss is skipped; reading what lies beyond the logits would go unseen."""
+    monkeypatch.setenv("MM_KERNELS", "triton")
+    hidden, weight = torch.randn(3, 16, device=device), torch.randn(50, 16, device=device)
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1, 50, 2], device=device)).isnan()

@@ -48,6 +48,44 @@ def test_a_layer_compiles_as_one_graph_with_the_same_results(monkeypatch, device
         torch.testing.assert_close(graph, eager)
 
 
+def test_views_with_other_strides_give_the_same_gradients(monkeypatch, device):
+    """Kernels go by rows that lie in memory one after the other: whatever comes in is laid so, or counted so."""
+    monkeypatch.setenv("MM_KERNELS", "triton")
+    results = []
+    for strided in (False, True):
+        leaves, labels = inputs(device)
+        x, router, gate_up, down, head = (leaf.mT.contiguous().mT if strided else leaf for leaf in leaves)
+        found = route_and_count((x @ router.T).T.contiguous().T, torch.zeros(4, device=device), 2, 2.5)
+        weights = found.weights_TK.T.contiguous().T if strided else found.weights_TK
+        plan = plan_dropless(found.ids_TK, found.counts_E, found.places)
+        y = mixture(x, weights, plan, found.counts_E, gate_up, down)
+        y = y + unpermute(experts(permute(x, plan), gate_up, down, found.counts_E).T.contiguous().T, weights, plan)
+        linear_cross_entropy(y, head, labels).backward()  # and no z-loss
+        results.append([leaf.grad for leaf in leaves])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_frozen_weights_and_inputs_without_gradients(monkeypatch, device):
+    monkeypatch.setenv("MM_KERNELS", "triton")
+    leaves, labels = inputs(device)
+    layer(*leaves, labels).backward()
+    want = leaves[0].grad
+    leaves, labels = inputs(device)
+    frozen = [leaf.detach() for leaf in leaves[1:]]
+    layer(leaves[0], *frozen, labels).backward()
+    torch.testing.assert_close(leaves[0].grad, want)
+    with torch.no_grad():
+        assert not layer(*leaves, labels).requires_grad
+
+
+def test_what_is_counted_has_no_gradient(monkeypatch, device):
+    monkeypatch.setenv("MM_KERNELS", "triton")
+    found = route_and_count(torch.randn(9, 8, device=device, requires_grad=True), torch.zeros(8, device=device), 2, 1.0)
+    assert found.z_loss_sum.requires_grad
+    assert not found.entropy_sum.requires_grad
+
+
 def test_torch_finds_the_operators_well_defined(monkeypatch, device):
     """torch's own checks, of the operators as one call after the other makes them."""
     from kernels import cross_entropy_triton, experts_triton, grouped_matmul_triton, permute_triton, plan_triton

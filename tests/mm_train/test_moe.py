@@ -21,11 +21,12 @@ NETWORK = {
 }
 
 
-def train(network, device, capacity=None, quantised=False, steps=2, dtype=torch.float32):
+def train(network, device, capacity=None, quantised=False, steps=2, dtype=torch.float32, recompute=False):
     """Losses, and of the last step the gradient norms and what the router found out."""
     model = MobileMoE(config.Model(**network), dtype).to(device)
     model.init_weights(0)
     model.train()
+    model.recompute = recompute
     for layer in model.moe_layers():
         layer.dispatcher.capacity_factor = capacity
     if quantised:
@@ -60,9 +61,10 @@ def by_both(monkeypatch, network, device, **options):
         ({}, {}),
         ({}, {"capacity": 1.0}),
         ({}, {"quantised": True}),
+        ({}, {"capacity": 1.0, "recompute": True}),
         ({"scoring_func": "softmax", "intermediate_size_mlp": 0}, {"capacity": 1.0, "quantised": True}),
     ],
-    ids=["dropless", "drop and pad", "quantised", "softmax, quantised, drop and pad"],
+    ids=["dropless", "drop and pad", "quantised", "recomputed", "softmax, quantised, drop and pad"],
 )
 def test_training_does_not_depend_on_the_kernels(monkeypatch, device, changes, options):
     (losses, gradients, facts), triton = by_both(monkeypatch, NETWORK | changes, device, **options)
