@@ -164,7 +164,7 @@ def weights_matmul(
         a, b, slot_R, out_EIO, starts_E, used_E, IN=inner, OUT=outer, K=top_k,
         GATHER_A=gather == "a", GATHER_B=gather == "b",
         BLOCK_R=64, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=8,
-        num_stages=5,  # of which finding rows by an index takes two: three buffers
+        num_stages=5 if gather else 3,  # three buffers: finding rows by an index takes two stages
     )  # fmt: skip
     return out_EIO
 
