@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.linear import better_in_float32
+
 IGNORE = -100  # label of a token that is not scored
 CHUNK_ROWS = 1024  # logits alive at once: CHUNK_ROWS x V in float32
 
@@ -22,6 +24,8 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor)
     The gradients are made in the forward pass while a chunk's logits are at hand (as Liger's kernel does), so the
     backward pass only scales them. `labels_N` is int64 with IGNORE where a token is not scored.
     """
+    if better_in_float32(hidden_ND):
+        return linear_cross_entropy(hidden_ND.float(), weight_VD.float(), labels_N)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N)
     total = hidden_ND.new_zeros((), dtype=torch.float32)

@@ -168,14 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.steps, args.repeats, args.ranks, args.threads) < 1:
         raise UserError("--steps, --repeats, --ranks and --threads must be at least 1")
     cfg = config.load_words(args.config, check=rules.validate_training)
-    _check_comparable(cfg.model)
+    check_comparable(cfg.model)
     found = compare(ways(cfg, args.ranks), args.threads, args.steps, args.repeats)
     facts = summary(cfg, found) | {key: getattr(args, key) for key in ("steps", "repeats", "threads")}
     print(json.dumps(facts, indent=1) if args.json else text(facts))
     return 0
 
 
-def _check_comparable(model: config.Model) -> None:
+def check_comparable(model: config.Model) -> None:
     """Raise UserError for a shape that transformers' architecture of the worker does not have."""
     if not model.num_local_experts:
         raise UserError(f"{model.name} is dense: there are no experts to compare")

@@ -30,3 +30,18 @@ def test_nothing_to_score_is_zero_with_zero_gradients():
     assert loss.item() == 0
     assert not hidden.grad.any()
     assert not weight.grad.any()
+
+
+def test_bfloat16_without_units_is_the_float32_loss_of_the_same_values(monkeypatch):
+    monkeypatch.setattr("kernels.linear._multiplies_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(rows, 16).bfloat16().requires_grad_() for rows in (30, 50))
+    labels = torch.randint(0, 50, (30,))
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    want = linear_cross_entropy(*wide, labels)
+    want.backward()
+    assert torch.equal(loss, want)
+    for got, exact in zip((hidden, weight), wide, strict=True):
+        assert torch.equal(got.grad, exact.grad.bfloat16())
