@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.experts import experts, experts_of_few_tokens
-from kernels.linear import FEW_ROWS
+from kernels.linear import FEW_ROWS, better_in_float32
 from kernels.router import entropy_sum, route, z_loss_sum
 from mm_train import config
 from mm_train.dispatch import Dispatcher
@@ -88,6 +88,9 @@ class MoELayer(nn.Module):
         self.dispatcher = Dispatcher(model.num_local_experts)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStats]:
+        if better_in_float32(x_TD):  # once for the whole layer
+            y_TD, stats = self(x_TD.float())
+            return y_TD.to(x_TD.dtype), stats
         logits_TE = self.router(x_TD)
         ids_TK, weights_TK = self._route(logits_TE)
         counts_E = torch.bincount(ids_TK.flatten(), minlength=self.model.num_local_experts)
