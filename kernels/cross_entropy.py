@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import use_triton
+from kernels.linear import better_in_float32
 
 IGNORE = -100  # label of a token that is not scored
 CHUNK_ROWS = 1024  # logits alive at once: CHUNK_ROWS x V in float32
@@ -16,7 +17,8 @@ CHUNK_ROWS = 1024  # logits alive at once: CHUNK_ROWS x V in float32
 def linear_cross_entropy_reference(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     """The same sum with all logits in memory."""
     logits_NV = hidden_ND @ weight_VD.to(hidden_ND.dtype).T
-    return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE, reduction="sum")
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
@@ -26,6 +28,8 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor)
     backward pass only scales them. `labels_N` is int64 with IGNORE where a token is not scored. The weight is
     multiplied in the dtype of the hidden states; its gradient is summed in float32 and comes in its own dtype.
     """
+    if better_in_float32(hidden_ND):
+        return linear_cross_entropy(hidden_ND.float(), weight_VD.float(), labels_N)
     needs_gradients = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     weight_cast_VD = weight_VD.detach().to(hidden_ND.dtype)
     if use_triton(hidden_ND):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import use_triton
-from kernels.linear import FEW_ROWS, linear
+from kernels.linear import FEW_ROWS, better_in_float32, linear
 from kernels.permute import Plan, permute, unpermute
 
 Transform = Callable[[Tensor], Tensor]
@@ -52,12 +52,14 @@ def experts(
     hidden_transform = hidden_transform or _as_it_is
     if x_RD.dtype == torch.float64 or x_RD.shape[0] == 0:
         return experts_reference(x_RD, gate_up_EDF.to(x_RD.dtype), down_EFD.to(x_RD.dtype), counts_E, hidden_transform)
+    if better_in_float32(x_RD):  # once for all three products
+        return experts(x_RD.float(), gate_up_EDF, down_EFD, counts_E, hidden_transform).to(x_RD.dtype)
     narrow = x_RD.device.type == "cpu" and x_RD.dtype == torch.float32 and gate_up_EDF.dtype != torch.float32
     if narrow or any(width * x_RD.element_size() % 16 for width in down_EFD.shape[1:]):  # what grouped_mm cannot take
         return _experts_hit(x_RD, gate_up_EDF, down_EFD, counts_E, hidden_transform)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     hidden_RF = F.grouped_mm(x_RD, gate_up_EDF.to(x_RD.dtype), offs=ends_E)
-    return F.grouped_mm(hidden_transform(_swiglu(hidden_RF)), down_EFD.to(x_RD.dtype), offs=ends_E)
+    return F.grouped_mm(hidden_transform(_SwiGLU.apply(hidden_RF)), down_EFD.to(x_RD.dtype), offs=ends_E)
 
 
 def mixture(
@@ -154,3 +156,29 @@ def _as_it_is(hidden: Tensor) -> Tensor:
 def _swiglu(hidden_RF: Tensor) -> Tensor:
     gate, up = hidden_RF.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """`_swiglu` that keeps its input alone and makes silu(gate) again: a third less to hold than autograd's.
+
+    The gradients of gate and up are written where they belong in the input's, and no buffer is made that another can
+    serve as: on a CPU, touching fresh memory takes longer than the arithmetic.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_RF):
+        ctx.save_for_backward(hidden_RF)
+        gate, up = hidden_RF.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dout_RF):
+        (hidden_RF,) = ctx.saved_tensors
+        gate, up = hidden_RF.chunk(2, dim=-1)
+        dhidden_RF = torch.empty_like(hidden_RF)
+        dgate, dup = dhidden_RF.chunk(2, dim=-1)
+        scratch = F.silu(gate)
+        torch.mul(scratch, dout_RF, out=dup)
+        torch.mul(up, dout_RF, out=scratch)
+        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=dgate)
+        return dhidden_RF

@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--steps, --repeats, --ranks and --threads must be at least 1")
     cfg = config.load_words(args.config, check=rules.validate_training)
     if not args.alone:
-        _check_comparable(cfg.model)
+        check_comparable(cfg.model)
     chosen = [Way("this trainer, 1 process", _laid_out(cfg, 1, 1))] if args.alone else ways(cfg, args.ranks)
     found = compare(chosen, args.threads, args.steps, args.repeats)
     facts = summary(cfg, found) | {key: getattr(args, key) for key in ("steps", "repeats", "threads")}
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_comparable(model: config.Model) -> None:
+def check_comparable(model: config.Model) -> None:
     """Raise UserError for a shape that transformers' architecture of the worker does not have."""
     if not model.num_local_experts:
         raise UserError(f"{model.name} is dense: there are no experts to compare")

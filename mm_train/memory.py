@@ -61,7 +61,7 @@ def saved_for_backward(model: Model, layout: Layout, fused_norms: bool = True) -
 def saved_by_a_layer(model: Model, layout: Layout, fused_norms: bool = True) -> Saved:
     """What one layer keeps, or makes again for its part of the backward pass if it is recomputed."""
     per_token = 2 * _norm(model, fused_norms) + _attention(model, layout) + _feed_forward(model, layout)
-    row = layout.activation_bytes * (2 * model.hidden_size + 4 * model.intermediate_size)  # _swiglu's and its ends
+    row = layout.activation_bytes * (2 * model.hidden_size + 3 * model.intermediate_size)  # ends, gate and up, product
     row += 8 * (3 if layout.expert_parallel > 1 else 1)  # which slot fills it; the order of received rows, both ways
     layer = held(model, layout.place).layer
     matrices = sum(box.size for entry, box in layer if len(entry.shape) >= 2 and entry.part != "router")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.experts import experts, experts_of_few_tokens, mixture
-from kernels.linear import FEW_ROWS
+from kernels.linear import FEW_ROWS, better_in_float32
 from kernels.permute import Plan
 from kernels.router import route, route_and_count
 from mm_train import config
@@ -95,6 +95,9 @@ class MoELayer(nn.Module):
         self.dispatcher = Dispatcher(model.num_local_experts)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStats]:
+        if better_in_float32(x_TD):  # once for the whole layer
+            y_TD, stats = self(x_TD.float())
+            return y_TD.to(x_TD.dtype), stats
         routing = route_and_count(self.router(x_TD), *self.routing_options())
         plan, rows_E = self.dispatcher.plan(routing, dropless=not self.training)
         if self.dispatcher.ranks == 1:

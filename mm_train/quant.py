@@ -160,7 +160,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fake_quant is None:
             return linear(x, self.weight)
-        return F.linear(self.fake_quant.input(x), fake_quantise(self.weight).to(x.dtype))
+        return linear(self.fake_quant.input(x), fake_quantise(self.weight))
 
 
 class Embedding(nn.Module):

@@ -30,3 +30,25 @@ def test_nothing_to_score_is_zero_with_zero_gradients():
     assert loss.item() == 0
     assert not hidden.grad.any()
     assert not weight.grad.any()
+
+
+def test_bfloat16_without_units_is_the_float32_loss_of_the_same_values(monkeypatch):
+    monkeypatch.setattr("kernels.linear._multiplies_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(rows, 16).bfloat16().requires_grad_() for rows in (30, 50))
+    labels = torch.randint(0, 50, (30,))
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    want = linear_cross_entropy(*wide, labels)
+    want.backward()
+    assert torch.equal(loss, want)
+    for got, exact in zip((hidden, weight), wide, strict=True):
+        assert torch.equal(got.grad, exact.grad.bfloat16())
+
+
+def test_gradients_of_the_reference():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7))
+    labels = torch.tensor([0, 6, IGNORE, 2, 2])
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy_reference(h, w, labels), (hidden, weight))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.experts import experts, experts_of_few_tokens, experts_reference
+from kernels.experts import _SwiGLU, _swiglu, experts, experts_of_few_tokens, experts_reference
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 8], [0, 16, 0], [1, 0, 15], [0, 0, 0]])
@@ -76,3 +76,48 @@ def test_few_tokens_one_by_one_give_the_weighted_sum_of_their_experts(dtype):
     assert got.dtype == torch.float32
     tolerance = 1e-6 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.std().item())
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[50, 0, 31], [2, 1, 0]])
+def test_bfloat16_rows_give_the_reference_to_rounding(counts, weight_dtype, units, monkeypatch):
+    """Whether the processor has units for bfloat16, or the MLP is computed in float32 and rounded."""
+    monkeypatch.setattr("kernels.linear._multiplies_bfloat16", lambda: units)
+    torch.manual_seed(0)
+    inputs = [torch.randn(sum(counts), 32).bfloat16(), torch.randn(3, 32, 64) * 0.2, torch.randn(3, 32, 32) * 0.2]
+    inputs[1:] = [weight.to(weight_dtype) for weight in inputs[1:]]
+    dy = torch.randn(sum(counts), 32).bfloat16()
+    results = []
+    for function, dtype in ((experts, None), (experts_reference, torch.float64)):
+        leaves = [t.to(dtype or t.dtype, copy=True).requires_grad_() for t in inputs]
+        out = function(*leaves, torch.tensor(counts))
+        out.backward(dy.to(out.dtype))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert [t.dtype for t in results[0]] == [torch.bfloat16, *(t.dtype for t in inputs)]
+    for got, want in zip(*results, strict=True):
+        assert (got.double() - want).norm() < 0.01 * want.norm()  # a few roundings of 2^-9
+
+
+def test_swiglu_is_autograds_to_the_last_bit_and_keeps_its_input_alone():
+    torch.manual_seed(0)
+    hidden, dout = torch.randn(30, 64), torch.randn(30, 32)
+    results, kept = [], []
+    for function in (_SwiGLU.apply, _swiglu):
+        leaf = hidden.clone().requires_grad_()
+        saved: dict[int, torch.Tensor] = {}  # by storage
+
+        def pack(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = function(leaf)
+        out.backward(dout)
+        results.append((out.detach(), leaf.grad))
+        kept.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+    assert kept == [hidden.nbytes, hidden.nbytes + dout.nbytes]
+    leaf = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_SwiGLU.apply, leaf)

@@ -77,6 +77,12 @@ def measured_saved(network: MobileMoE, layout: Layout) -> int:
     return sum(size for size, _ in saved.values())
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_units(monkeypatch):
+    """A GPU has them: without, a CPU computes in float32 and keeps that."""
+    monkeypatch.setattr("kernels.linear._multiplies_bfloat16", lambda: True)
+
+
 LAYOUTS = {
     "bfloat16": Layout(micro_batch_size=2, context=64),
     "float32": Layout(micro_batch_size=2, context=64, activation_bytes=4),
@@ -109,15 +115,18 @@ def test_what_autograd_saves(shape, change, layout, small_model):
 @pytest.mark.parametrize(
     ("change", "size", "recompute", "saved"),
     [
-        ("moe", 4, False, 69_893_728),
-        ("moe", 2, False, 45_093_472),
+        ("moe", 4, False, 64_585_312),
+        ("moe", 2, False, 42_439_264),
         ("moe", 2, True, 4_128_256),
-        ("no shared expert", 2, False, 39_886_432),
+        ("no shared expert", 2, False, 37_232_224),
         ("dense", 4, False, 37_084_672),
     ],
 )
 def test_what_autograd_was_seen_to_save_under_tensor_parallelism(change, size, recompute, saved):
-    """By the hooks above on two gloo ranks with megatron-core 0.16.1; its labels were its tokens, one tensor."""
+    """By the hooks above on two gloo ranks with megatron-core 0.16.1; its labels were its tokens, one tensor.
+
+    Since then SwiGLU keeps one product less a layer, measured in the same way: 5,308,416 bytes in float32.
+    """
     model = dataclasses.replace(WIDE, num_attention_heads=8, num_key_value_heads=4, **CHANGES[change])
     layout = Layout(2, 1, 0, 3, 512, 1, size, tensor_parallel=2, deepspeed=True, recompute=recompute)
     labels = 8 * layout.tokens

@@ -184,7 +184,7 @@ def test_attention_by_lengths_gives_what_the_mask_gives(model, monkeypatch):
         losses.cross_entropy_sum.backward()
         results.append((losses.cross_entropy_sum, model.model.layers[0].self_attn.q_proj.weight.grad))
     for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
 def test_nothing_crosses_a_document_boundary_in_a_row_of_8192(small_model):
