@@ -27,7 +27,7 @@ class Saved:
 
     activations: int
     weight_copies: int  # weights in the activations' dtype: a linear layer keeps the one it multiplied with
-    head_gradient: int  # d loss / d embedding, which the fused cross-entropy makes in the forward pass
+    head_gradient: int  # d loss / d embedding in float32, which the fused cross-entropy makes in the forward pass
 
     @property
     def total(self) -> int:
@@ -47,14 +47,14 @@ def saved_for_backward(model: Model, layout: Layout, fused_norms: bool = True) -
     # Last norm, gradient of its output (made in the forward pass), token id, a row of the mask.
     per_token = _norm(model, fused_norms) + size * width + 8 + size * layout.context
     rope = FLOAT * model.head_dim * layout.context  # cos and sin
-    table = size * _table(model, layout)
+    head_gradient = FLOAT * _table(model, layout)
     if layout.tensor_parallel > 1:  # the loss is computed again instead: no gradients, but what that takes
         per_token += 8 + 8 + 1  # labels; token id in the own part of the vocabulary, and whether it lies there
-        table = table if size < FLOAT else 0
+        head_gradient = size * _table(model, layout) if size < FLOAT else 0  # the table, cast
     return Saved(
         activations=layers * layer.activations + layout.tokens * per_token + rope,
         weight_copies=layers * layer.weight_copies,
-        head_gradient=table,
+        head_gradient=head_gradient,
     )
 
 
