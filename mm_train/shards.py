@@ -272,8 +272,11 @@ class ShardReader:
             opened = self.shard(index)
             offsets = opened.read("offsets", 0, shard.members["offsets"].size // 8)
             for low, high in itertools.pairwise(offsets.tolist()):
-                row = self._piece(index, low, high)
-                yield row.tokens, _dense(row)[1]
+                if self.manifest.has_mask:
+                    mask = opened.read("mask", low, high).astype(np.bool_)
+                else:
+                    mask = np.ones(high - low, dtype=np.bool_)
+                yield opened.read("tokens", low, high), mask
 
     def verify(self) -> None:
         """Read everything and compare the sha256 of each shard. Raises UserError naming the first that differs."""
