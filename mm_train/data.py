@@ -126,6 +126,8 @@ class Loader:
         since = self._since or mixture_change.START
         used = mixture_change.uses(since, here)
         self.mixture = Mixture(self._weights, self._num_windows, self.mixture.seed, since["sample"], used)
+        if self._reading is not None:
+            self._reading.forget()
         return mixture_change.in_words(there, here, sample) if changed else None
 
     def micro_batches(self, first: int, global_rows: int, rows: int, rank: int, world: int) -> Iterator[Batch]:

@@ -173,7 +173,8 @@ def _signature_1(content: Mapping[str, Any]) -> str:
 
 def _shard(line: dict[str, Any]) -> Shard:
     members = line.pop("members")
-    return Shard(**line, members={name: Member(*place) for name, place in members.items()})
+    places = map(Member._make, members.values())
+    return Shard(**line, members=dict(zip(members, places, strict=True)))
 
 
 def _shard_1(line: dict[str, Any]) -> Shard:
@@ -184,16 +185,17 @@ def _shard_1(line: dict[str, Any]) -> Shard:
 
 def _check(manifest: Manifest) -> None:
     """Raises ValueError for what no writer writes: a reader trusts these numbers with memory maps."""
-    wanted = {"tokens", "offsets"} | ({"mask"} if manifest.has_mask else set())
+    named = {"tokens", "offsets", *(["mask"] if manifest.has_mask else [])}
+    indexed = {*named, "index"}
     for index, shard in enumerate(manifest.shards):
         if shard.file != f"{index:05d}.tar":
             raise ValueError("its shards are not 00000.tar, 00001.tar, ... in its own folder")
-        members = shard.members
-        if set(members) - {"index"} != wanted or ("index" in members) is (shard.crc32 is not None):
+        members, size = shard.members, shard.size
+        if members.keys() != (indexed if shard.crc32 is None else named):
             raise ValueError(f"{shard.file} has the members {', '.join(members)}")
         if members["tokens"].size != 4 * shard.num_tokens or members["offsets"].size < 8:
             raise ValueError(f"{shard.file} does not hold the {shard.num_tokens} tokens that it says")
-        if any(member.offset < 0 or member.offset + member.size > shard.size for member in members.values()):
+        if any(offset < 0 or length < 0 or offset + length > size for offset, length in members.values()):
             raise ValueError(f"a member of {shard.file} lies outside of it")
     if sum(shard.num_tokens for shard in manifest.shards) != manifest.num_tokens:
         raise ValueError(f"its shards do not add up to {manifest.num_tokens} tokens")

@@ -34,7 +34,13 @@ class ReadAhead(Generic[Key, Made]):
         for key in now:
             yield self._futures.pop(key).result()
 
+    def forget(self) -> None:
+        """Throw away what was made and not asked for: `make` is going to answer otherwise."""
+        for future in self._futures.values():
+            future.cancel()
+        self._futures.clear()
+
     def close(self) -> None:
         """End the threads; waits for what they have begun."""
-        self._futures.clear()
-        self._pool.shutdown(cancel_futures=True)
+        self.forget()
+        self._pool.shutdown()

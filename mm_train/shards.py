@@ -44,11 +44,25 @@ from mm_train.manifest import (
     Member,
     Shard,
     block_crcs,
+    check_one_tokenizer,
     missing,
     parse_manifest,
+    read_manifest,
     write_manifest,
 )
 from mm_train.shard_file import LocalFolder, Place, ShardFile, wrong_size
+
+__all__ = [  # with what of the manifest others need when they handle shards
+    "Manifest",
+    "Member",
+    "Row",
+    "Shard",
+    "ShardReader",
+    "ShardWriter",
+    "check_one_tokenizer",
+    "read_manifest",
+    "write_manifest",
+]
 
 TAR_BLOCK = 512  # tar aligns members to this, so uint64 views of a mapped shard are aligned
 PIECE = 1 << 24  # bytes hashed at a time
@@ -79,11 +93,13 @@ class ShardWriter:
         revision: str | None = None,
         config_sha256: str | None = None,
         block_bytes: int = BLOCK,
+        number: str | None = None,
     ):
         """Start FOLDER/SOURCE/SPLIT. A shard is closed once it holds `shard_tokens`. Raises OSError if not writable.
 
         `revision` is that of the data set that the text is from, `config_sha256` names the configuration used,
-        `block_bytes` are under one checksum.
+        `block_bytes` are under one checksum. `number` stands in the names of members instead of the shard's own, for
+        one that joins others later.
         """
         if layout != ("packed" if row_length else "stream") or (row_length and not has_mask):
             raise ValueError(f"layout {layout!r} with row_length {row_length} and has_mask {has_mask}")
@@ -103,7 +119,7 @@ class ShardWriter:
             "block_bytes": block_bytes,
         }
         self._row_length, self._has_mask, self._vocab_size = row_length, has_mask, vocab_size
-        self._shard_tokens = shard_tokens
+        self._shard_tokens, self._number = shard_tokens, number
         self._shards: list[Shard] = []
         self._num_padding = self._num_documents = self._num_bytes = 0
         self._start_shard()
@@ -175,7 +191,7 @@ class ShardWriter:
         if self._has_mask:
             arrays["mask"] = np.concatenate(self._masks)
         arrays["index"] = _index(arrays, self._facts["block_bytes"])
-        key = f"{self._facts['source']}-{self._facts['split']}-{index:05d}"
+        key = f"{self._facts['source']}-{self._facts['split']}-{self._number or f'{index:05d}'}"
         facts = {**self._facts, "index": index, "num_tokens": self._filled, "num_documents": len(lengths)}
         members: dict[str, Member] = {}
         file = self.folder / f"{index:05d}.tar"
@@ -272,8 +288,11 @@ class ShardReader:
             opened = self.shard(index)
             offsets = opened.read("offsets", 0, shard.members["offsets"].size // 8)
             for low, high in itertools.pairwise(offsets.tolist()):
-                row = self._piece(index, low, high)
-                yield row.tokens, _dense(row)[1]
+                if self.manifest.has_mask:
+                    mask = opened.read("mask", low, high).astype(np.bool_)
+                else:
+                    mask = np.ones(high - low, dtype=np.bool_)
+                yield opened.read("tokens", low, high), mask
 
     def verify(self) -> None:
         """Read everything and compare the sha256 of each shard. Raises UserError naming the first that differs."""

@@ -65,7 +65,7 @@ def test_six_trillion_tokens_in_60_000_shards(tmp_path, capsys):
     assert bench_data.main(["--simulate", "6e12"]) == 0
     found = dict(re.findall(r"(\S.*?)  +([\d.,]+)\n", capsys.readouterr().out))
     assert found["shards"] == "60000"
-    assert float(found["seconds to open"]) <= 3
+    assert float(found["of them seconds of processor time"]) <= 3  # others may want the processor too
     assert int(found["MB of memory at the end, torch included"]) <= 500
 
 

@@ -9,6 +9,7 @@ from mm_train import mixture_change
 from mm_train.data import Loader
 from mm_train.order import BLOCK
 from mm_train.shards import ShardReader, ShardWriter
+from tests.mm_train.test_data import same
 
 
 def listed(loader, first, stop):
@@ -60,6 +61,17 @@ def test_a_change_is_refused_unless_it_is_wanted(data_set):
     third.follow(loader.identity, 700, "continue")
     assert third.identity["since"]["earlier"] == since
     assert third.identity["since"]["used"]["code"]["samples"] == 750 + 500
+
+
+def test_batches_that_were_read_ahead_are_those_of_the_new_mixture(data_set):
+    before = Loader(data_set, {"code": 1}, 64, seed=0).identity
+    loader, plain = (Loader(data_set, {"code": 1, "chat": 4}, 64, 0, workers) for workers in (1, 0))
+    list(loader.micro_batches(1600, 16, 4, 0, 1))  # has 1616 and what follows ready
+    for each in (loader, plain):
+        each.follow(before, 1616, "continue")
+    ours, want = (list(each.micro_batches(1616, 16, 4, 0, 1)) for each in (loader, plain))
+    assert all(same(*pair) for pair in zip(ours, want, strict=True))
+    loader.close()
 
 
 def test_another_seed_or_length_stays_another(data_set):

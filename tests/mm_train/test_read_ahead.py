@@ -1,10 +1,14 @@
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_train.read_ahead import ReadAhead
+
+ROOT = Path(__file__).parents[2]
 
 
 @given(st.lists(st.lists(st.integers(0, 20), unique=True, max_size=6), max_size=6), st.integers(1, 4))
@@ -50,3 +54,23 @@ def test_what_is_no_longer_wanted_is_not_waited_for():
     gate.set()
     reading.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
+
+
+def test_what_was_made_is_forgotten_when_asked_to():
+    answer = [1]
+    reading = ReadAhead(lambda key: (key, answer[0]), 1)
+    assert list(reading.take(["a"], ["b"])) == [("a", 1)]
+    assert list(reading.take([], ["b", "c"])) == []
+    answer[0] = 2
+    reading.forget()
+    assert list(reading.take(["b", "c"])) == [("b", 2), ("c", 2)]
+    reading.close()
+
+
+def test_a_program_ends_although_nobody_closed_it(python):
+    code = (
+        "import time; from mm_train.read_ahead import ReadAhead; r = ReadAhead(lambda key: time.sleep(0.1) or key, 2);"
+        " print(list(r.take([1], range(2, 8))))"
+    )
+    done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[1]", "")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import resource
 import tarfile
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from mm_train import shards
 from mm_train.cli import UserError
-from mm_train.shards import ShardReader, ShardWriter
+from mm_train.shards import ShardReader, ShardWriter, read_manifest, write_manifest
 from tests.mm_train import shards_format_1
 
 VOCAB = 1000
@@ -103,6 +104,23 @@ def test_shards_are_webdataset_shards(tmp_path):
     assert np.frombuffer(sample["offsets"], "<u8").tolist() == [0, 2, 3]
     assert np.frombuffer(sample["mask"], "u1").tolist() == [1, 0, 1]
     assert json.loads(sample["json"])["num_documents"] == 2
+
+
+def test_a_shard_that_joins_others_has_members_of_its_own_name(tmp_path):
+    """Two parts become one source: their shards renamed, their manifests put together."""
+    parts = [write(tmp_path / number, [[i, i]], number=number) for i, number in enumerate(("00000", "00001"))]
+    (tmp_path / "whole").mkdir()
+    shards = []
+    for i, part in enumerate(parts):
+        (part / "00000.tar").rename(tmp_path / "whole" / f"{i:05d}.tar")
+        shards.append(read_manifest(part).shards[0]._replace(file=f"{i:05d}.tar"))
+    whole = dataclasses.replace(read_manifest(parts[0]), shards=shards, num_tokens=4, num_documents=2)
+    assert write_manifest(tmp_path / "whole", whole).num_tokens == 4
+    reader = ShardReader(tmp_path / "whole")
+    assert [tokens.tolist() for tokens, _ in reader.documents()] == [[0, 0], [1, 1]]
+    urls = [str(tmp_path / "whole" / shard.file) for shard in shards]
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(urls, shardshuffle=False)]
+    assert keys == ["code-train-00000", "code-train-00001"]
 
 
 @pytest.mark.parametrize("num_tokens", range(1, 3000, 119))
