@@ -6,7 +6,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
-EXTRAS := distributed,data,tracking,eval,hf,report,llama3,dev
+EXTRAS := distributed,data,quality,tracking,eval,hf,report,llama3,dev
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

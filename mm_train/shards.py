@@ -26,7 +26,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,8 +49,7 @@ class Member:
     crc32: list[int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One tar: file name, size in bytes, sha256 of the file, what it holds and where."""
 
     file: str
@@ -78,8 +77,8 @@ class Manifest:
     num_padding: int
     num_documents: int  # padding is not a document here
     num_bytes: int  # of UTF-8 text that went in
-    shards: list[Shard]
     extra: dict[str, Any]
+    shards: list[Shard]
     sha256: str = ""
 
 
@@ -104,24 +103,18 @@ class ShardWriter:
         row_length: int | None = None,
         has_mask: bool = False,
         shard_tokens: int = 1 << 25,
+        number: str | None = None,
     ):
-        """Start FOLDER/SOURCE/SPLIT. A shard is closed once it holds `shard_tokens`. Raises OSError if not writable."""
+        """Start FOLDER/SOURCE/SPLIT. A shard is closed once it holds `shard_tokens`. `number` stands in member names
+        instead of the shard's own, for one that joins others later. Raises OSError if not writable."""
         if layout != ("packed" if row_length else "stream") or (row_length and not has_mask):
             raise ValueError(f"layout {layout!r} with row_length {row_length} and has_mask {has_mask}")
         self.folder = folder / source / split
-        self._facts = {
-            "source": source,
-            "split": split,
-            "licence": licence,
-            "domain": domain,
-            "layout": layout,
-            "row_length": row_length,
-            "has_mask": has_mask,
-            "vocab_size": vocab_size,
-            "tokenizer_sha256": tokenizer_sha256,
-        }
+        self._facts: dict[str, Any] = {"source": source, "split": split, "licence": licence, "domain": domain}
+        self._facts |= {"layout": layout, "row_length": row_length, "has_mask": has_mask}
+        self._facts |= {"vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
         self._row_length, self._has_mask, self._vocab_size = row_length, has_mask, vocab_size
-        self._shard_tokens = shard_tokens
+        self._shard_tokens, self._number = shard_tokens, number
         self._shards: list[Shard] = []
         self._num_padding = self._num_documents = self._num_bytes = 0
         self._start_shard()
@@ -161,18 +154,16 @@ class ShardWriter:
         """Write what is left, then the manifest with `extra`; from here on the shards can be read."""
         if self._filled:
             self._write_shard()
-        facts = {
+        manifest = Manifest(
             **self._facts,
-            "num_tokens": sum(shard.num_tokens for shard in self._shards),
-            "num_padding": self._num_padding,
-            "num_documents": self._num_documents,
-            "num_bytes": self._num_bytes,
-            "extra": extra or {},
-            "shards": [dataclasses.asdict(shard) for shard in self._shards],
-        }
-        content = {"format": FORMAT, "checksum": _checksum(facts), **facts}
-        write_atomic(self.folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
-        return read_manifest(self.folder)
+            num_tokens=sum(shard.num_tokens for shard in self._shards),
+            num_padding=self._num_padding,
+            num_documents=self._num_documents,
+            num_bytes=self._num_bytes,
+            extra=extra or {},
+            shards=self._shards,
+        )
+        return write_manifest(self.folder, manifest)
 
     def _start_shard(self) -> None:
         self._tokens: list[np.ndarray] = []
@@ -194,11 +185,10 @@ class ShardWriter:
         }
         if self._has_mask:
             arrays["mask"] = np.concatenate(self._masks)
-        key = f"{self._facts['source']}-{self._facts['split']}-{index:05d}"
+        key = f"{self._facts['source']}-{self._facts['split']}-{self._number or f'{index:05d}'}"
         facts = {**self._facts, "index": index, "num_tokens": self._filled, "num_documents": len(lengths)}
         members: dict[str, Member] = {}
-        file = self.folder / f"{index:05d}.tar"
-        temporary = file.with_name(file.name + ".tmp")
+        temporary = (file := self.folder / f"{index:05d}.tar").with_name(f"{index:05d}.tar.tmp")
         with temporary.open("wb") as out:
             hashed = _HashingFile(out)
             for name, array in arrays.items():
@@ -206,8 +196,8 @@ class ShardWriter:
                 offset = _write_member(hashed, f"{key}.{name}", data)
                 members[name] = Member(offset, len(data), _block_crcs(data))
             _write_member(hashed, f"{key}.json", memoryview(json.dumps(facts, sort_keys=True).encode()))
-            end_mark = 2 * TAR_BLOCK
-            hashed.write(bytes(end_mark + -(hashed.position + end_mark) % tarfile.RECORDSIZE))
+            end = hashed.position + 2 * TAR_BLOCK
+            hashed.write(bytes(2 * TAR_BLOCK + -end % tarfile.RECORDSIZE))
             out.flush()
             os.fsync(out.fileno())
         publish(temporary, file)
@@ -327,6 +317,16 @@ class ShardReader:
             mapped = np.memmap(self.folder / self.manifest.shards[shard].file, dtype="u1", mode="r")
             self._open[shard] = np.asarray(mapped)  # a plain view of the map: slices of np.memmap itself are slow
         return self._open[shard]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write manifest.json whole or not at all; returns the manifest with its sha256. Raises OSError."""
+    facts = dataclasses.asdict(manifest)
+    facts["shards"] = [shard._asdict() for shard in facts["shards"]]
+    del facts["sha256"]
+    content = {"format": FORMAT, "checksum": _checksum(facts), **facts}
+    write_atomic(folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
+    return read_manifest(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from data_prep import run
-from data_prep.sources import LIBRARY
+from data_prep.machine import LIBRARY
 from mm_train.shards import ShardReader, check_one_tokenizer
 from mm_train.tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ def config(tmp_path) -> Path:
     ]
     rows.append({"messages": [{"role": "user", "content": "long?"}, {"role": "assistant", "content": "so " * 200}]})
     (texts / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"kind": "text_files", "licence": "PSF-2.0"}
+    common = {"kind": "files", "licence": "PSF-2.0"}
     content = {
         "out": str(tmp_path / "out"),
         "validation_fraction": 0.2,
@@ -83,9 +83,11 @@ def test_a_data_set_from_end_to_end(config, tmp_path, capsys):
         assert facts["manifest_sha256"] == reader.manifest.sha256
         assert (reader.manifest.licence, reader.manifest.domain) == ("PSF-2.0", name)
     assert summary["sources"]["code"]["dropped"] == {
-        "duplicate": {"documents": 1, "bytes": len((LIBRARY / "glob.py").read_bytes())}
+        "duplicate": {"documents": 1, "bytes": len((LIBRARY / "glob.py").read_bytes()), "examples": []}
     }
-    assert summary["sources"]["chat"]["dropped"] == {"longer than a row": {"documents": 1, "bytes": 605}}
+    assert summary["sources"]["chat"]["dropped"] == {
+        "longer than a row": {"documents": 1, "bytes": 605, "examples": []}
+    }
     tokens, mask, _ = readers["chat", "train"].window(0, 64)
     assert tokenizer.decode(tokens[mask], skip_special=False).replace("<|eot|>", "").isdigit()
 
@@ -146,11 +148,11 @@ def test_killed_at_any_moment_it_continues_and_leaves_no_half_file(config, tmp_p
 def test_workers_die_with_a_killed_parent(tmp_path):
     script = (
         "import time\n"
-        "from data_prep.run import _processes\n"
+        "from data_prep.workers import processes\n"
         "if __name__ == '__main__':\n"
         "    import os\n"
-        "    with _processes(1) as pool:\n"
-        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    with processes(1) as pool:\n"
+        "        print(pool.executor.submit(os.getpid).result(), flush=True)\n"
         "        time.sleep(60)\n"
     )
     file = tmp_path / "parent.py"
