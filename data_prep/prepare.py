@@ -80,6 +80,19 @@ def prepare(config: DataConfig, workers: int, share: Share = Share()) -> dict[st
     if summary:
         print(f"{out} is up to date")
         return summary
+    try:
+        return _prepare(config, plans, key, workers, share)
+    except (NotYet, OSError):
+        # A rank without tasks of its own may still be waiting, or reading, when rank 0 has finished and cleaned up.
+        if share.rank and _read_finished(out, key):
+            return None
+        raise
+
+
+def _prepare(
+    config: DataConfig, plans: list[SourcePlan], key: str, workers: int, share: Share
+) -> dict[str, Any] | None:
+    out = Path(config.out)
     with _work_folder(out, share) as work, processes(workers) as pool:
         index = _benchmark_index(config, work)
         _read_all(plans, index, pool, share)
@@ -199,7 +212,8 @@ def _encode_all(jobs: list[Job], pool: Pool, share: Share) -> None:
     done = [job.folder / "done.json" for job in jobs]
     missing = [job for job in share.mine(jobs) if not (job.folder / "done.json").is_file()]
     pool.run("encode", [(encode, (job,)) for job in missing], sum(job.num_bytes for job in missing))
-    share.wait("encode", done)
+    if not share.rank:
+        share.wait("encode", done)
 
 
 def _publish(
