@@ -94,8 +94,9 @@ class Index:
             text = int(words.texts[at])
             if text not in seen:
                 seen.add(text)
-                run = words.data[words.begins[at] : words.ends[at + self.length - 1]]
-                yield Hit(text, " ".join(run.decode(errors="replace").split()), int(self.owners[place]))
+                run = range(at, at + self.length)
+                spelt = b" ".join(words.data[words.begins[i] : words.ends[i]] for i in run)
+                yield Hit(text, spelt.decode(errors="replace"), int(self.owners[place]))
 
     def save(self, folder: Path) -> None:
         """Write runs-LENGTH.npy and owners-LENGTH.npy."""
