@@ -1,7 +1,8 @@
 """Reads a part of a source: repaired, filtered, compared with the benchmarks, and spooled for what comes after.
 
-A document that is left out is counted under a reason. What is kept becomes a line of documents.jsonl and a row of
-index.npy; duplicates and held-out documents are told apart later, from the indexes of all parts.
+A document that is left out is counted under a reason. What is kept goes into documents.bin, texts as they are and
+conversations as JSON, with a row in index.npy; duplicates and held-out documents are told apart later, from the indexes
+of all parts.
 """
 
 import hashlib
@@ -36,9 +37,10 @@ INDEX = np.dtype(
         ("digest", "<u8", 2),  # of the content
         ("rank", "<f8"),  # in [0, 1), by hash: where documents have to be left out, the highest go first
         ("share", "<f8"),  # in [0, 1), by hash: below the validation fraction, a document is held out
-        ("offset", "<u8"),  # of its line in documents.jsonl
-        ("size", "<u8"),  # of that line
+        ("offset", "<u8"),  # of its place in documents.bin
+        ("size", "<u8"),  # of that place
         ("bytes", "<u8"),  # of its text
+        ("chat", "?"),  # a conversation
     ]
 )
 
@@ -75,16 +77,16 @@ def collect(source: SourceConfig, part: Part, benchmarks: Path | None, folder: P
     report = Report()
     index, sketches = [], []
     offset = 0
-    with (unfinished / "documents.jsonl").open("wb") as spool:
+    with (unfinished / "documents.bin").open("wb") as spool:
         for batch in _batches(_usable(source, part, report)):
             kept = _clean(batch, source, benchmarks, report)
             if source.dedup == "minhash":
                 sketches.append(signatures(["\n".join(document.parts) for document in kept]))
             for document in kept:
-                line = to_line(document)
-                spool.write(line)
-                index.append(_entry(document, offset, len(line)))
-                offset += len(line)
+                data = to_bytes(document)
+                spool.write(data)
+                index.append(_entry(document, data, offset))
+                offset += len(data)
             advance(sum(document.num_bytes for document in batch))
         spool.flush()
         os.fsync(spool.fileno())
@@ -107,25 +109,23 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.index: np.ndarray = np.load(folder / "index.npy")
-        with (folder / "documents.jsonl").open("rb") as file:
+        with (folder / "documents.bin").open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             self._data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
 
     def __getitem__(self, number: int) -> Document:
         offset, size = int(self.index["offset"][number]), int(self.index["size"][number])
-        return from_line(self._data[offset : offset + size])
+        return from_bytes(self._data[offset : offset + size], bool(self.index["chat"][number]))
 
 
-def to_line(document: Document) -> bytes:
-    """A document as a line of a spool."""
-    content = {"messages": document.messages} if document.messages else {"text": document.text}
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+def to_bytes(document: Document) -> bytes:
+    """A document as it lies in a spool."""
+    return json.dumps(document.messages).encode() if document.messages else document.text.encode()
 
 
-def from_line(line: bytes) -> Document:
-    """The document in a line of a spool."""
-    content = json.loads(line)
-    return Document(content["text"]) if "text" in content else Document(messages=tuple(content["messages"]))
+def from_bytes(data: bytes, chat: bool) -> Document:
+    """The document that `to_bytes` made `data` of."""
+    return Document(messages=tuple(json.loads(data))) if chat else Document(data.decode())
 
 
 def _usable(source: SourceConfig, part: Part, report: Report) -> Iterator[Document]:
@@ -164,12 +164,12 @@ def _clean(batch: list[Document], source: SourceConfig, benchmarks: Path | None,
     return [document for number, document in enumerate(batch) if number not in found]
 
 
-def _entry(document: Document, offset: int, size: int) -> tuple[Any, ...]:
-    content = json.dumps(document.messages) if document.messages else document.text
-    digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
+def _entry(document: Document, data: bytes, offset: int) -> tuple[Any, ...]:
+    digest = hashlib.blake2b(data, digest_size=16).digest()
     share = _fraction("split", document.key.encode() or digest)
     halves = (int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big"))
-    return halves, _fraction("sample", digest), share, offset, size, document.num_bytes
+    rank = _fraction("sample", digest)
+    return halves, rank, share, offset, len(data), document.num_bytes, bool(document.messages)
 
 
 def _fraction(purpose: str, data: bytes) -> float:

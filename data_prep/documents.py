@@ -19,7 +19,7 @@ class Document:
     @cached_property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text, or of the contents of the messages."""
-        return len(self.text.encode()) + sum(len(message["content"].encode()) for message in self.messages)
+        return sum(len(part) if part.isascii() else len(part.encode()) for part in self.parts)
 
     @property
     def parts(self) -> tuple[str, ...]:

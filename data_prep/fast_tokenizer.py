@@ -1,7 +1,7 @@
 """Tokenising at the speed of the fastest library that is exact, which is shown at start-up rather than assumed.
 
 `fastokens` is a rewrite of byte-level BPE and `tiktoken` what Llama 3's vocabulary was made for; `tokenizers` reads any
-tokenizer.json. Each is given ordinary tokens only, so control strings in text cannot become control tokens.
+tokenizer.json. Each is told that control strings in text are text, which is among the things that are compared.
 """
 
 import functools
@@ -11,12 +11,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mm_train.cli import UserError
-from mm_train.tokenizer import CONTROL_TOKENS, SPLIT_REGEX, Tokenizer, byte_alphabet
+from mm_train.tokenizer import CONTROL_TOKENS, SPLIT_REGEX, byte_alphabet
 
 Flat = tuple[np.ndarray, np.ndarray]  # ids of all texts, uint32; where each begins, and the end
 Encode = Callable[[Sequence[str]], Flat]
@@ -57,24 +55,20 @@ class Engine:
         return _load(self)
 
 
-def choose_engine(tokenizer: Tokenizer, folder: Path) -> tuple[Engine, str]:
-    """The fastest library that is exact for `tokenizer`, saved in `folder`, and a line that says what was compared.
+def choose_engine(folder: Path, sha256: str, vocab_size: int) -> tuple[Engine, str]:
+    """The fastest library that is exact for the tokenizer saved in `folder`, and a line that says what was compared.
 
     The truth is tiktoken for Llama 3's vocabulary and tokenizers for others. Compared are PROBES and every token of the
-    vocabulary that is text, among them the 678 of Llama 3 that merging cannot reach. Raises UserError when a library
-    that must agree with it, because training and generation use it, does not.
+    vocabulary that is text, among them the 678 of Llama 3 that merging cannot reach.
     """
-    probes = [*PROBES, *vocabulary_texts(folder)]
-    expected = _flat(tokenizer.encode_batch(probes))
-    truth = Engine("tokenizers", folder, tokenizer.sha256)
-    if tokenizer.vocab_size == 128256 and _installed("tiktoken"):
-        truth = Engine("tiktoken", folder, tokenizer.sha256)
-        if not same(truth.load()(probes), expected):
-            raise UserError(f"{folder}: tokenizers and tiktoken disagree on this vocabulary: it is not Llama 3's")
-    compared = f"{truth.library} on {len(probes):,} texts"
+    llama3 = vocab_size == 128256 and _installed("tiktoken")
+    truth = Engine("tiktoken" if llama3 else "tokenizers", folder, sha256)
     if not _installed("fastokens"):
         return truth, f"tokenising with {_version(truth.library)} (fastokens is faster, where installed)"
-    fast = Engine("fastokens", folder, tokenizer.sha256)
+    fast = Engine("fastokens", folder, sha256)
+    probes = [*PROBES, *vocabulary_texts(folder)]
+    expected = truth.load()(probes)
+    compared = f"{truth.library} on {len(probes):,} texts"
     try:
         if same(fast.load()(probes), expected):
             return fast, f"tokenising with {_version('fastokens')}: equal to {compared}"
@@ -108,12 +102,10 @@ def _load(engine: Engine) -> Encode:
 def _fastokens(folder: Path) -> Encode:
     import fastokens
 
-    description = _description(folder)
-    description.update(added_tokens=[], post_processor=None)  # what it does not know it cannot find in text
-    backend = fastokens._native.Tokenizer.from_json_str(json.dumps(description, ensure_ascii=False))
+    backend = fastokens._native.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def encode(texts: Sequence[str]) -> Flat:
-        ids, borders = backend.encode_batch_flat(list(texts))
+        ids, borders = backend.encode_batch_flat(list(texts), add_special_tokens=False, split_special_tokens=True)
         return np.frombuffer(ids, dtype="<u4"), np.frombuffer(borders, dtype="<u8").astype(np.int64)
 
     return encode
@@ -140,17 +132,14 @@ def _flat(ids: list[list[int]]) -> Flat:
     return joined, np.cumsum([0, *map(len, ids)])
 
 
-def _description(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "tokenizer.json").read_bytes())
-
-
+@functools.lru_cache(maxsize=1)
 def _ordinary_tokens(folder: Path) -> list[bytes]:
     """The bytes of every token that is no control token, in the order of ids."""
-    description = _description(folder)
-    byte_of = {letter: byte for byte, letter in enumerate(byte_alphabet())}
+    description = json.loads((folder / "tokenizer.json").read_bytes())
+    bytes_of = {ord(letter): byte for byte, letter in enumerate(byte_alphabet())}
     vocab = sorted(description["model"]["vocab"].items(), key=lambda item: item[1])
     control = {token["content"] for token in description["added_tokens"]}
-    return [bytes(byte_of[letter] for letter in token) for token, _ in vocab if token not in control]
+    return [token.translate(bytes_of).encode("latin-1") for token, _ in vocab if token not in control]
 
 
 def _installed(name: str) -> bool:

@@ -101,7 +101,8 @@ def _prepare(
                 plan.write_duplicates()
         share.wait("duplicates", [plan.duplicates_file for plan in plans])
         tokenizer, folder = _tokenizer(config.tokenizer, plans, work, share)
-        engine, how = choose_engine(tokenizer, folder)
+        # In a worker, which keeps what it has loaded.
+        engine, how = pool.executor.submit(choose_engine, folder, tokenizer.sha256, tokenizer.vocab_size).result()
         print(how, flush=True)
         jobs = {
             (plan.name, split): plan.jobs(split, tokenizer, engine, config.shard_tokens)

@@ -14,7 +14,7 @@ def make_index(documents: list[tuple[int, int]]) -> np.ndarray:
     rows = []
     for content, size in documents:
         chance = random.Random(content)
-        rows.append(((content, content * 7), chance.random(), chance.random(), 0, 0, size))
+        rows.append(((content, content * 7), chance.random(), chance.random(), 0, 0, size, False))
     return np.array(rows, dtype=INDEX)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.collect import Spool, collect, from_line, read_report, to_line
+from data_prep.collect import Spool, collect, from_bytes, read_report, to_bytes
 from data_prep.config import SourceConfig
 from data_prep.documents import Document
 from data_prep.sources import find_input
@@ -52,15 +52,12 @@ def test_hashes_are_of_the_content_and_spread_evenly(tmp_path):
     assert np.corrcoef(spool.index["rank"], spool.index["share"])[0, 1] == pytest.approx(0, abs=0.06)
 
 
-def test_a_line_gives_its_document_back():
+def test_a_document_comes_back_from_its_bytes():
     for document in (
         Document('é\n\u2028 \\ " \x00'),
         Document(messages=({"role": "user", "content": "q"}, {"role": "assistant", "content": "日本"})),
     ):
-        line = to_line(document)
-        assert line.endswith(b"\n")
-        assert line.count(b"\n") == 1
-        assert from_line(line) == document
+        assert from_bytes(to_bytes(document), bool(document.messages)) == document
 
 
 def test_nothing_is_left_of_a_part_that_fails(tmp_path):

@@ -33,10 +33,14 @@ def llama3(tmp_path_factory) -> tuple[Tokenizer, Path]:
     return tokenizer, folder
 
 
+def choose(tokenizer: Tokenizer, folder: Path) -> tuple[Engine, str]:
+    return choose_engine(folder, tokenizer.sha256, tokenizer.vocab_size)
+
+
 @needs_fastokens
 def test_fastokens_is_taken_when_it_is_exact(trained, llama3):
     for (tokenizer, folder), truth in ((trained, "tokenizers"), (llama3, "tiktoken")):
-        engine, line = choose_engine(tokenizer, folder)
+        engine, line = choose(tokenizer, folder)
         assert engine.library == "fastokens"
         assert f"equal to {truth}" in line
 
@@ -61,24 +65,32 @@ def test_a_library_that_differs_anywhere_is_not_taken(trained, monkeypatch):
 
     monkeypatch.setattr(fast_tokenizer, "_fastokens", wrong)
     fast_tokenizer._load.cache_clear()
-    engine, line = choose_engine(tokenizer, folder)
+    engine, line = choose(tokenizer, folder)
     assert engine.library == "tokenizers"
     assert "differs from tokenizers" in line
     monkeypatch.setattr(fast_tokenizer, "_fastokens", lambda where: 1 / 0)
     fast_tokenizer._load.cache_clear()
-    assert "cannot be used: division by zero" in choose_engine(tokenizer, folder)[1]
+    assert "cannot be used: division by zero" in choose(tokenizer, folder)[1]
     fast_tokenizer._load.cache_clear()
 
 
 def test_without_fastokens(trained, monkeypatch):
     monkeypatch.setattr(fast_tokenizer, "_installed", lambda name: name != "fastokens")
-    engine, line = choose_engine(*trained)
+    engine, line = choose(*trained)
     assert engine.library == "tokenizers"
     assert "fastokens is faster" in line
 
 
 def engines(folder: Path, sha256: str, *libraries: str) -> list:
     return [Engine(library, folder, sha256).load() for library in libraries]
+
+
+def test_tokenizers_gives_what_tiktoken_gives(llama3):
+    """Training data comes from one, prompts from the other."""
+    tokenizer, folder = llama3
+    probes = [*PROBES, *vocabulary_texts(folder)]
+    one, other = engines(folder, tokenizer.sha256, "tokenizers", "tiktoken")
+    assert same(one(probes), other(probes))
 
 
 def test_control_strings_are_text_in_every_library(llama3):
