@@ -1,5 +1,6 @@
 import contextlib
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 import yaml
+import zstandard
 
 from data_prep import run
 from data_prep.machine import LIBRARY
@@ -263,19 +266,90 @@ BAD = {
     ],
     "no tokenizer at /nowhere": ["CONFIG", "tokenizer.kind=folder", "tokenizer.path=/nowhere"],
     "too little to learn 60000 tokens": ["CONFIG", "tokenizer.vocab_size=60000"],
+    "has no column 'body': it has messages": ["CONFIG", "sources.chat.column=body"],
+    "the weights of all sources add up to 0": ["CONFIG", "sources.code.weight=0", "sources.chat.weight=0"],
+    "no benchmark items in /nowhere: run python -m eval.prepare_data": ["CONFIG", "benchmarks.mirror=/nowhere"],
+    "filter gopher_quality: ": ["CONFIG", "sources.code.filters={gopher_quality: {min_wrods: 5}}"],
+    "--rank is 3; it must lie in 0..2, below --world": ["CONFIG", "--rank", "3", "--world", "3"],
+    "a corpus file ends in .parquet": ["CONFIG", "sources.code.paths=[TEXTS/../config.yaml]"],
+    "cannot read TEXTS/half.jsonl.gz: ": ["CONFIG", "sources.code.paths=[TEXTS/*.gz]"],
+    "cannot read TEXTS/half.json.zst: ": ["CONFIG", "sources.code.paths=[TEXTS/*.zst]"],
+    "cannot read TEXTS/half.parquet: ": ["CONFIG", "sources.code.paths=[TEXTS/*.parquet]"],
+    "source code is empty: its 1 file(s) have no content": ["CONFIG", "sources.code.paths=[TEXTS/empty.jsonl]"],
+    "tokenizer.json lacks the control token(s) <|begin_of_text|>": [
+        "CONFIG",
+        "tokenizer.kind=folder",
+        "tokenizer.path=TEXTS/foreign",
+    ],
     "cannot prepare CONFIG/out": ["CONFIG", "--out", "CONFIG/out"],
     "--workers is 0; it must be at least 1": ["CONFIG", "--workers", "0"],
 }
 
 
+def write_bad_files(texts: Path) -> None:
+    """Files that were cut short, an empty one, and a tokenizer of somebody else's."""
+    lines = "".join(json.dumps({"text": f"some text {i}"}) + "\n" for i in range(2000)).encode()
+    (texts / "half.jsonl.gz").write_bytes(gzip.compress(lines)[:-500])
+    (texts / "half.json.zst").write_bytes(zstandard.ZstdCompressor().compress(lines)[:-500])
+    (texts / "half.parquet").write_bytes(b"PAR1" + bytes(500))
+    (texts / "empty.jsonl").touch()
+    (texts / "foreign").mkdir()
+    foreign = tokenizers.Tokenizer(tokenizers.models.BPE())
+    foreign.decoder = tokenizers.decoders.ByteLevel()
+    foreign.save(str(texts / "foreign" / "tokenizer.json"))
+
+
+def test_bad_documents_are_counted_and_skipped(config, tmp_path, capsys):
+    """Undecodable, malformed and unanswered rows, a file that two globs name, and a file that is there twice."""
+    texts = tmp_path / "texts"
+    rows = [b'{"text": "fine"}', b'{"text": "\xff"}', b"{", b'{"text": 1}', b'{"title": "x"}', b'{"text": " "}']
+    (texts / "rows.jsonl").write_bytes(b"\n".join(rows))
+    (texts / "copy.jsonl").write_bytes(b"\n".join(rows))
+    (texts / "latin.txt").write_bytes(b"\xe9t\xe9")
+    paths = [f"{texts}/*.py", f"{texts}/[cr]o*.jsonl", f"{texts}/rows.jsonl", f"{texts}/*.txt"]
+    assert prepare(config, f"sources.code.paths={json.dumps(paths)}") == 0
+    dropped = json.loads((tmp_path / "out" / "dataset.json").read_text())["sources"]["code"]["dropped"]
+    assert {reason: item["documents"] for reason, item in dropped.items()} == {
+        "duplicate": 2,
+        "empty": 2,
+        "malformed line": 2,
+        "malformed row": 2,
+        "no column": 2,
+        "undecodable": 3,
+    }
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(config, tmp_path):
+    """The system refuses to let any file grow past a limit, as a full disk would."""
+    assert prepare(config, "--out", str(tmp_path / "whole")) == 0
+    limited = (
+        "import resource, signal, sys; from data_prep import run; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1)); sys.exit(run.main(sys.argv[2:]))"
+    )
+    out = ["--workers", "1", "--out", str(tmp_path / "out")]
+    for limit in (1_000, 8_000, 60_000, 150_000):
+        command = [sys.executable, "-c", limited, str(limit), str(config), *out]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert f"cannot prepare {tmp_path / 'out'}" in line
+        assert "File too large" in line
+        assert "Traceback" not in done.stderr
+    assert prepare(config, "--out", str(tmp_path / "out")) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_gives_one_clear_line(config, capsys, message):
-    arguments = [argument.replace("CONFIG", str(config)) for argument in BAD[message]]
+    if "TEXTS" in str(BAD[message]):
+        write_bad_files(config.parent / "texts")
+    texts = str(config.parent / "texts")
+    arguments = [argument.replace("CONFIG", str(config)).replace("TEXTS", texts) for argument in BAD[message]]
     workers = [] if "--workers" in arguments else ["--workers", "1"]
     assert run.main([*arguments, *workers]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
-    assert message.replace("CONFIG", str(config)) in line
+    assert message.replace("CONFIG", str(config)).replace("TEXTS", texts) in line
 
 
 def test_a_failed_run_leaves_the_finished_data_set_alone(config, tmp_path, capsys):
