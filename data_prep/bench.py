@@ -183,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     for package in ("tiktoken", *(["megatron", "transformers"] if any("megatron" in name for name in names) else [])):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the comparison needs {package}, which is not installed: make install")
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as temporary:
+    Path("data").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="data") as temporary:
         place = Path(temporary).resolve()
         documents, num_bytes = write_corpus(place / "corpus", texts(arguments.text), int(arguments.megabytes * 1e6))
         write_corpus(place / "short", iter(["A short document."]), 1)

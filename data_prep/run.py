@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         summary = prepare(config, arguments.workers, share)
     except OSError as error:
-        raise UserError(f"cannot prepare {config.out}: {error.filename or ''}: {error.strerror or error}") from None
+        place = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"cannot prepare {config.out}: {place}{error.strerror or error}") from None
     except BrokenProcessPool:
         raise UserError(
             f"a worker process was killed, perhaps for want of memory: try fewer than --workers {arguments.workers}; "

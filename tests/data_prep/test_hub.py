@@ -1,5 +1,9 @@
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from data_prep.config import SourceConfig, load
 from data_prep.documents import Document
 from data_prep.sources import find_input, read
 from mm_train.cli import UserError
+from tests.data_prep.fake_hub import COMMIT, serving
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -111,3 +116,73 @@ def test_a_snapshot_of_another_revision_is_refused(tmp_path):
     assert find_input("x", local(folder, revision=commit[:8]), 1).commit == commit
     with pytest.raises(UserError, match=rf"is a snapshot of revision {commit}, not of main"):
         find_input("x", local(folder, revision="main"), 1)
+
+
+@pytest.fixture
+def hub(tmp_path, byte_tokenizer):
+    """A hub with org/texts, two parquet files; a preparation of it in a process of its own; requests; its folder."""
+    byte_tokenizer.save(tmp_path / "tokenizer")
+    data = tmp_path / "hub"
+    for i in range(2):
+        write_rows(data / f"data/train-{i:05d}-of-00002.parquet", [{"text": f"text {i} {j} " * 20} for j in range(50)])
+    write_card(data, None, "train", "data/train-*")
+    with serving(data, "org/texts") as (address, requests):
+        environment = {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_DATASETS_CACHE": str(tmp_path / "home/datasets"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+        def prepare(**values) -> subprocess.CompletedProcess:
+            common = {"kind": "hub", "path": "org/texts", "licence": "CC0-1.0", "domain": "web"}
+            config = {
+                "out": str(tmp_path / "out"),
+                "tokenizer": {"kind": "folder", "path": str(tmp_path / "tokenizer")},
+                "sources": {"texts": {**common, **values}},
+                "part_bytes": 2000,
+            }
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+            command = [sys.executable, "-m", "data_prep.run", str(tmp_path / "config.yaml"), "--workers", "1"]
+            return subprocess.run(
+                command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=300
+            )
+
+        yield prepare, requests, tmp_path / "out"
+
+
+def test_a_data_set_of_the_hub_at_its_commit(hub):
+    prepare, requests, out = hub
+    done = prepare(revision="main")
+    assert done.returncode == 0, done.stderr
+    source = json.loads((out / "dataset.json").read_text())["sources"]["texts"]
+    assert source["revision"] == COMMIT
+    assert source["train"]["documents"] + source["val"]["documents"] == 100
+    assert any(f"/resolve/{COMMIT}/data/train-00000" in request for request in requests)
+
+
+@pytest.mark.slow
+def test_a_downloaded_data_set_is_that_which_is_streamed(hub):
+    prepare, _, out = hub
+    assert prepare(revision="main").returncode == 0
+    streamed = (out / "texts" / "train" / "00000.tar").read_bytes()
+    shutil.rmtree(out)
+    assert prepare(revision=COMMIT, streaming=False).returncode == 0
+    assert (out / "texts" / "train" / "00000.tar").read_bytes() == streamed
+
+
+@pytest.mark.slow
+def test_what_the_hub_does_not_have_is_one_line(hub):
+    prepare, _, _ = hub
+    for values, message in (
+        ({"revision": "v9"}, "data set org/texts, revision v9: "),
+        ({"path": "org/other"}, "data set org/other: "),
+        ({"split": "test"}, "data set org/texts has no split 'test': it has train"),
+        ({"column": "body"}, "has no column 'body': it has text"),
+    ):
+        done = prepare(**values)
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        assert line.startswith("error: ")
+        assert message in line
