@@ -199,8 +199,11 @@ def main(argv: list[str] | None = None) -> int:
             for number in range(arguments.repeats if name.startswith("ours") else 1):
                 out = place / f"out-{len(results)}-{number}"
                 runs.append(measure(name, place / "corpus", place / "tokenizer", out))
-            start, _ = measure(name, place / "short", place / "tokenizer", place / f"start-{len(results)}")
-            results[name] = Result([cpu for cpu, _ in runs], [wall for _, wall in runs], start)
+            starts = [
+                measure(name, place / "short", place / "tokenizer", place / f"start-{len(results)}-{number}")[0]
+                for number in range(len(runs))
+            ]
+            results[name] = Result([cpu for cpu, _ in runs], [wall for _, wall in runs], statistics.median(starts))
             print(f"{name}: {', '.join(f'{cpu:.2f} core s, {wall:.2f} s' for cpu, wall in runs)}", flush=True)
         print(table(results, num_bytes / 1e6))
         if names[0] == "ours":
