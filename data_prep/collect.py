@@ -1,121 +1,175 @@
-"""From files to chosen documents: read, drop, split, sample, and spool as JSON lines for the tokenizer and encoder.
+"""Reads a part of a source: repaired, filtered, compared with the benchmarks, and spooled for what comes after.
 
-Every choice is made by hash, so it does not depend on the order of files, on other sources or on chance. A document
-that is left out is counted under a reason.
+A document that is left out is counted under a reason. What is kept goes into documents.bin, texts as they are and
+conversations as JSON, with a row in index.npy; duplicates and held-out documents are told apart later, from the indexes
+of all parts.
 """
 
 import hashlib
-import heapq
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import Any
 
+import numpy as np
+
+from data_prep.benchmarks import Benchmarks
 from data_prep.config import SourceConfig
-from data_prep.sources import KINDS, Document, Unusable
-from mm_train.cli import UserError
-from mm_train.files import publish, write_atomic
+from data_prep.documents import Document, Unusable
+from data_prep.filters import load_filters
+from data_prep.minhash import signatures
+from data_prep.normalise import normalise
+from data_prep.sources import Part, read
+from data_prep.workers import advance
+from mm_train.files import publish, sync, write_atomic
 
-VERSION = 2  # raise it when the same input comes out as other documents
-SPLITS = ("train", "val")
+VERSION = 3  # raise it when the same input comes out as other documents
+BATCH_BYTES = 1 << 20  # of text looked at together
+NUM_EXAMPLES = 3  # of dropped documents, for each reason and part
+EXAMPLE_LENGTH = 240  # characters
+
+INDEX = np.dtype(
+    [
+        ("digest", "<u8", 2),  # of the content
+        ("rank", "<f8"),  # in [0, 1), by hash: where documents have to be left out, the highest go first
+        ("share", "<f8"),  # in [0, 1), by hash: below the validation fraction, a document is held out
+        ("offset", "<u8"),  # of its place in documents.bin
+        ("size", "<u8"),  # of that place
+        ("bytes", "<u8"),  # of its text
+        ("chat", "?"),  # a conversation
+    ]
+)
 
 
 @dataclass
 class Report:
-    """What became of a source: kept documents and bytes per split, dropped ones per reason, as [documents, bytes]."""
+    """What was left out of a source and why: [documents, bytes] and the beginnings of some, by reason."""
 
-    kept: dict[str, list[int]] = field(default_factory=lambda: {split: [0, 0] for split in SPLITS})
     dropped: dict[str, list[int]] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    contaminated: list[dict[str, Any]] = field(default_factory=list)  # benchmark, item, words, beginning of the text
 
-    def drop(self, reason: str, num_bytes: int) -> None:
+    def drop(self, reason: str, num_bytes: int, text: str = "", documents: int = 1) -> None:
+        """Count documents that are left out."""
         count = self.dropped.setdefault(reason, [0, 0])
-        count[0] += 1
+        count[0] += documents
         count[1] += num_bytes
+        examples = self.examples.setdefault(reason, [])
+        if text.strip() and len(examples) < NUM_EXAMPLES:
+            examples.append(text[:EXAMPLE_LENGTH])
+
+    def add(self, other: "Report") -> None:
+        """Take in what was left out of another part."""
+        for reason, (documents, num_bytes) in other.dropped.items():
+            self.drop(reason, num_bytes, documents=documents)
+            self.examples[reason] = (self.examples[reason] + other.examples.get(reason, []))[:NUM_EXAMPLES]
+        self.contaminated += other.contaminated
 
 
-def source_key(source: SourceConfig, validation_fraction: float) -> str:
-    """Identifies the documents of a source: a hash of its configuration and of the content of its input files.
-
-    Raises UserError when it has no input files.
-    """
-    files = KINDS[source.kind].files(source)
-    if not files:
-        raise UserError(f"no document source for kind {source.kind} with parts {source.parts}: no files found here")
-    key = hashlib.sha256(json.dumps([VERSION, asdict(source), validation_fraction], sort_keys=True).encode())
-    for file in files:
-        with file.open("rb") as data:
-            key.update(hashlib.file_digest(data, "sha256").digest())
-    return key.hexdigest()
-
-
-def collect(name: str, source: SourceConfig, validation_fraction: float, spool: Path) -> Report:
-    """Write the documents of a source to SPOOL/train.jsonl and SPOOL/val.jsonl, unless that has been done.
-
-    Raises UserError when no training document is left.
-    """
-    if spool.is_dir():
-        return Report(**json.loads((spool / "report.json").read_bytes()))
-    unfinished = spool.with_name(f"{spool.name}.{os.getpid()}.tmp")
+def collect(source: SourceConfig, part: Part, benchmarks: Path | None, folder: Path) -> None:
+    """Write what is kept of a part into `folder`, which appears whole or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     unfinished.mkdir(parents=True)
     report = Report()
-    limits = {"train": source.max_bytes, "val": source.max_validation_bytes}
-    with (unfinished / "train.jsonl").open("w") as train, (unfinished / "val.jsonl").open("w") as val:
-        spools = {split: _Spool(file, limits[split], split, report) for split, file in (("train", train), ("val", val))}
-        for document, digest in _usable(source, report):
-            held_out = _fraction("split", document.key.encode() or digest) < validation_fraction
-            spools["val" if held_out else "train"].offer(document, digest)
-        for split in SPLITS:
-            spools[split].close()
-    if not report.kept["train"][0]:
-        reasons = ", ".join(f"{reason}: {count[0]}" for reason, count in sorted(report.dropped.items())) or "none found"
-        raise UserError(
-            f"source {name} is empty: no document is left to train on (dropped {reasons}; "
-            f"held out: {report.kept['val'][0]})"
-        )
+    index, sketches = [], []
+    offset = 0
+    with (unfinished / "documents.bin").open("wb") as spool:
+        for batch in _batches(_usable(source, part, report)):
+            kept = _clean(batch, source, benchmarks, report)
+            if source.dedup == "minhash":
+                sketches.append(signatures(["\n".join(document.parts) for document in kept]))
+            for document in kept:
+                data = to_bytes(document)
+                spool.write(data)
+                index.append(_entry(document, data, offset))
+                offset += len(data)
+            advance(sum(document.num_bytes for document in batch))
+        spool.flush()
+        os.fsync(spool.fileno())
+    np.save(unfinished / "index.npy", np.array(index, dtype=INDEX))
+    if source.dedup == "minhash":
+        np.save(unfinished / "minhash.npy", np.concatenate([*sketches, signatures([])]))
     write_atomic(unfinished / "report.json", json.dumps(asdict(report)).encode())
-    publish(unfinished, spool)
-    return report
+    for file in unfinished.iterdir():
+        sync(file)
+    publish(unfinished, folder)
 
 
-def read_spool(file: Path) -> Iterator[Document]:
-    """The documents that `collect` wrote."""
-    with file.open() as lines:
-        for line in lines:
-            yield document_from_line(line)
+def read_report(folder: Path) -> Report:
+    """What `collect` left out of a part."""
+    return Report(**json.loads((folder / "report.json").read_bytes()))
 
 
-def document_from_line(line: str) -> Document:
-    """The document in one line of a spool."""
-    content = json.loads(line)
-    return Document(content["text"], tuple(content["messages"]))
+class Spool:
+    """The documents that `collect` kept of a part, by number."""
+
+    def __init__(self, folder: Path) -> None:
+        self.index: np.ndarray = np.load(folder / "index.npy")
+        with (folder / "documents.bin").open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+
+    def __getitem__(self, number: int) -> Document:
+        offset, size = int(self.index["offset"][number]), int(self.index["size"][number])
+        return from_bytes(self._data[offset : offset + size], bool(self.index["chat"][number]))
 
 
-def _usable(source: SourceConfig, report: Report) -> Iterator[tuple[Document, bytes]]:
-    """Documents worth keeping, each with the digest of its content; the others go into the report."""
-    kind = KINDS[source.kind]
-    seen: set[bytes] = set()
-    for item in kind.read(source, kind.files(source)):
+def to_bytes(document: Document) -> bytes:
+    """A document as it lies in a spool."""
+    return json.dumps(document.messages).encode() if document.messages else document.text.encode()
+
+
+def from_bytes(data: bytes, chat: bool) -> Document:
+    """The document that `to_bytes` made `data` of."""
+    return Document(messages=tuple(json.loads(data))) if chat else Document(data.decode())
+
+
+def _usable(source: SourceConfig, part: Part, report: Report) -> Iterator[Document]:
+    """Documents that are worth keeping by themselves, repaired; the others go into the report."""
+    filters = load_filters(source.filters)
+    for item in read(source, part):
         if isinstance(item, Unusable):
             report.drop(item.reason, item.num_bytes)
             continue
-        content = json.dumps(item.messages) if item.messages else item.text
-        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
-        reason = ""
-        if not item.messages and not item.text.strip():
+        document, reason = normalise(item, source.normalise), ""
+        if not document.messages and not document.text.strip():
             reason = "empty"
-        elif item.messages and not any(message["role"] == "assistant" for message in item.messages):
+        elif document.messages and not any(message["role"] == "assistant" for message in document.messages):
             reason = "no answer"
-        elif item.num_bytes < source.min_bytes:
+        elif document.num_bytes < source.min_bytes:
             reason = "shorter than min_bytes"
-        elif digest in seen:
-            reason = "duplicate"
+        for apply in filters if not reason else ():
+            document, reason = apply(document)
+            if reason:
+                break
         if reason:
-            report.drop(reason, item.num_bytes)
+            report.drop(reason, document.num_bytes, _beginning(document))
         else:
-            seen.add(digest)
-            yield item, digest
+            yield document
+
+
+def _clean(batch: list[Document], source: SourceConfig, benchmarks: Path | None, report: Report) -> list[Document]:
+    """The documents of a batch that share nothing with a benchmark."""
+    if benchmarks is None or not source.decontaminate:
+        return batch
+    found = _open(benchmarks).search(["\n".join(document.parts) for document in batch])
+    for number, contamination in sorted(found.items()):
+        document = batch[number]
+        report.drop("in a benchmark", document.num_bytes, _beginning(document))
+        report.contaminated.append({**asdict(contamination), "text": _beginning(document)})
+    return [document for number, document in enumerate(batch) if number not in found]
+
+
+def _entry(document: Document, data: bytes, offset: int) -> tuple[Any, ...]:
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    share = _fraction("split", document.key.encode() or digest)
+    halves = (int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big"))
+    rank = _fraction("sample", digest)
+    return halves, rank, share, offset, len(data), document.num_bytes, bool(document.messages)
 
 
 def _fraction(purpose: str, data: bytes) -> float:
@@ -124,49 +178,24 @@ def _fraction(purpose: str, data: bytes) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-class _Spool:
-    """Writes documents of one split; with a limit, in hash order, passing over those that no longer fit into it.
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.num_bytes
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
-    Without a limit documents pass through in reading order. With one, candidates are the documents with the lowest
-    hashes that together are no more than twice the limit: this bounds memory, and what is written depends neither on
-    the order of reading nor on one large document that happens to come first.
-    """
 
-    def __init__(self, file: IO[str], max_bytes: int | None, split: str, report: Report):
-        self._file, self._max_bytes, self._split, self._report = file, max_bytes, split, report
-        self._candidates: list[tuple[float, bytes, Document]] = []  # a heap, highest hash first
-        self._held = 0  # bytes of candidates
-        self._bound = 1.0  # documents from this hash on have been refused
+def _beginning(document: Document) -> str:
+    return document.parts[0][:EXAMPLE_LENGTH]
 
-    def offer(self, document: Document, digest: bytes) -> None:
-        if self._max_bytes is None:
-            self._write(document)
-            return
-        rank = _fraction("sample", digest)
-        if rank >= self._bound or document.num_bytes > self._max_bytes:
-            self._refuse(document)
-            return
-        heapq.heappush(self._candidates, (-rank, digest, document))  # digests differ: documents are never compared
-        self._held += document.num_bytes
-        while self._held > 2 * self._max_bytes:
-            highest, _, refused = heapq.heappop(self._candidates)
-            self._held -= refused.num_bytes
-            self._bound = -highest
-            self._refuse(refused)
 
-    def close(self) -> None:
-        for _, _, document in sorted(self._candidates, reverse=True):
-            if self._report.kept[self._split][1] + document.num_bytes <= (self._max_bytes or 0):
-                self._write(document)
-            else:
-                self._refuse(document)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _refuse(self, document: Document) -> None:
-        self._report.drop(f"over the {self._split} limit", document.num_bytes)
-
-    def _write(self, document: Document) -> None:
-        self._file.write(json.dumps({"text": document.text, "messages": document.messages}) + "\n")
-        self._report.kept[self._split][0] += 1
-        self._report.kept[self._split][1] += document.num_bytes
+@lru_cache(maxsize=1)
+def _open(folder: Path) -> Benchmarks:
+    """The benchmarks of a worker process, loaded once."""
+    return Benchmarks(folder)

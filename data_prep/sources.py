@@ -1,223 +1,132 @@
-"""Where documents come from. A kind of source is two functions: which files it reads, and the documents in them."""
+"""Where documents come from: the input of a source, divided into parts that processes can work on by themselves."""
 
-import fnmatch
 import glob
-import gzip
-import importlib.metadata
-import json
+import hashlib
+import itertools
 import os
-import re
-import sysconfig
-from ast import literal_eval
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_prep import formats, hub, machine
 from data_prep.config import SourceConfig
-from data_prep.docstrings import ApiObject, module_name, read_objects
-from data_prep.questions import ask
+from data_prep.documents import Document, Unusable
+from data_prep.formats import Slice
+from data_prep.rows import columns, to_document
 from mm_train.cli import UserError
-from mm_train.tokenizer import ROLES
 
-LIBRARY = Path(sysconfig.get_path("stdlib"))
-TOPICS = LIBRARY / "pydoc_data" / "topics.py"
-SYSTEM_DOCS = Path("/usr/share/doc")
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+HASHED_BYTES = 1 << 30  # input up to this is told apart by its content, more by name, size and time of change
+PATIENCE = 1000  # rows without the column before its absence is an error rather than bad luck
 
-
-@dataclass(frozen=True)
-class Document:
-    """A text, or a conversation as [{"role", "content"}].
-
-    `key` decides between training and validation: documents with one key stay together, in every source. "" stands
-    for a document of its own.
-    """
-
-    text: str = ""
-    messages: tuple[dict[str, str], ...] = ()
-    key: str = ""
-
-    @cached_property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the text, or of the contents of the messages."""
-        return len(self.text.encode()) + sum(len(message["content"].encode()) for message in self.messages)
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """Something that is no document, and why: it is counted like every other drop."""
-
-    reason: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Kind:
-    """`files` finds the input of a source, in a fixed order; `read` turns those files into documents."""
-
-    files: Callable[[SourceConfig], list[Path]]
-    read: Callable[[SourceConfig, Sequence[Path]], Iterator[Document | Unusable]]
-
-
-def stdlib_files(source: SourceConfig) -> list[Path]:
-    """The .py files of the running interpreter's standard library that `exclude` leaves."""
-    names: list[str] = []
-    for folder, folders, files in os.walk(LIBRARY):
-        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")]
-        names += (Path(folder, name).relative_to(LIBRARY).as_posix() for name in files if name.endswith(".py"))
-    excluded = [re.compile(fnmatch.translate(pattern)) for pattern in source.exclude]
-    return [LIBRARY / name for name in sorted(names) if not any(pattern.match(name) for pattern in excluded)]
-
-
-def read_stdlib_code(source: SourceConfig, files: Sequence[Path]) -> Iterator[Document | Unusable]:
-    """Each module as it is."""
-    for file in files:
-        text = _decode(file.read_bytes())
-        yield Document(text, key=_module(file)) if isinstance(text, str) else text
-
-
-def docs_files(source: SourceConfig) -> list[Path]:
-    """Files behind the `parts` of machine_docs."""
-    files: list[Path] = []
-    if "topics" in source.parts:
-        files.append(TOPICS)
-    if "docstrings" in source.parts:
-        files += stdlib_files(source)
-    if "packages" in source.parts:
-        found = (
-            file.locate()
-            for distribution in importlib.metadata.distributions()
-            for file in distribution.files or []
-            if file.name == "METADATA"
-        )
-        files += sorted(Path(str(path)) for path in found if Path(str(path)).is_file())
-    if "system" in source.parts:
-        patterns = ("*.txt", "*.md", "*.rst", "README*", "*.txt.gz", "README*.gz")
-        found_texts = {file for pattern in patterns for file in SYSTEM_DOCS.rglob(pattern) if file.is_file()}
-        files += sorted(file for file in found_texts if not file.is_symlink())
-    return list(dict.fromkeys(files))
-
-
-def read_docs(source: SourceConfig, files: Sequence[Path]) -> Iterator[Document | Unusable]:
-    """Help topics, a page for each module, descriptions of installed packages, and the system's documentation."""
-    for file in files:
-        data = file.read_bytes()
-        if file.suffix == ".gz":
-            try:
-                data = gzip.decompress(data)
-            except (OSError, EOFError):
-                yield Unusable("undecodable", len(data))
-                continue
-        text = _decode(data)
-        if isinstance(text, Unusable):
-            yield text
-        elif file.name == "METADATA":
-            yield Document(text.partition("\n\n")[2])
-        elif file == TOPICS and "topics" in source.parts:
-            yield from _topics(text)
-        elif file.suffix == ".py":
-            objects = _objects(text, file)
-            yield Document(_page(objects), key=_module(file)) if isinstance(objects, list) else objects
-        else:
-            yield Document(text)
-
-
-def read_docstring_chat(source: SourceConfig, files: Sequence[Path]) -> Iterator[Document | Unusable]:
-    """Question and answer pairs about the standard library."""
-    library: list[ApiObject] = []
-    for file in files:
-        text = _decode(file.read_bytes())
-        objects = _objects(text, file) if isinstance(text, str) else text
-        if isinstance(objects, Unusable):
-            yield objects
-        else:
-            library += objects
-    for item, question, answer in ask(library):
-        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        yield Document(messages=messages, key=item.module)
-
-
-def text_files(source: SourceConfig) -> list[Path]:
-    """The files that the globs in `paths` match. Raises UserError for one that matches nothing or an unknown ending."""
-    files: set[Path] = set()
-    for pattern in source.paths:
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-        if not any(match.is_file() for match in matches):
-            raise UserError(f"no document source at {pattern}: no file matches")
-        files.update(match for match in matches if match.is_file())
-    for file in sorted(files):
-        if file.suffix not in TEXT_SUFFIXES:
-            raise UserError(f"cannot read {file}: a text file ends in {', '.join(TEXT_SUFFIXES)}; narrow the glob")
-    return sorted(files)
-
-
-def read_text_files(source: SourceConfig, files: Sequence[Path]) -> Iterator[Document | Unusable]:
-    """A file is a document; in a .jsonl file, a line is one, with a `text` or a `messages` field."""
-    for file in files:
-        if file.suffix == ".jsonl":
-            with file.open("rb") as lines:
-                yield from (_json_line(line) for line in lines if line.strip())
-        else:
-            text = _decode(file.read_bytes())
-            yield Document(text) if isinstance(text, str) else text
-
-
-KINDS = {
-    "stdlib_code": Kind(stdlib_files, read_stdlib_code),
-    "machine_docs": Kind(docs_files, read_docs),
-    "docstring_chat": Kind(stdlib_files, read_docstring_chat),
-    "text_files": Kind(text_files, read_text_files),
+MACHINE = {  # documents made from the Python installation; each kind looks at all its files together
+    "stdlib_code": (machine.stdlib_files, machine.read_stdlib_code),
+    "machine_docs": (machine.docs_files, machine.read_docs),
+    "docstring_chat": (machine.stdlib_files, machine.read_docstring_chat),
 }
 
 
-def _module(file: Path) -> str:
-    return module_name(file.relative_to(LIBRARY).as_posix())
+@dataclass(frozen=True)
+class Part:
+    """A share of a source's input, read by one process from beginning to end."""
+
+    slices: tuple[Slice, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the input files."""
+        return sum(piece.size for piece in self.slices)
 
 
-def _decode(data: bytes) -> str | Unusable:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return Unusable("undecodable", len(data))
+@dataclass(frozen=True)
+class Input:
+    """All that a source reads. `identity` changes when any of it does; `commit` is that of the hub, where known."""
+
+    parts: tuple[Part, ...]
+    identity: str
+    commit: str = ""
 
 
-def _objects(text: str, file: Path) -> list[ApiObject] | Unusable:
-    try:
-        return read_objects(text, _module(file))
-    except (SyntaxError, ValueError):
-        return Unusable("not parsable", len(text.encode()))
+def find_input(name: str, source: SourceConfig, part_bytes: int) -> Input:
+    """The input of a source in parts of about `part_bytes`; how it is cut depends on the files alone.
+
+    Raises UserError when there is none, or a file that cannot be read.
+    """
+    commit = ""
+    if source.kind in MACHINE:
+        paths = MACHINE[source.kind][0](source)
+        if not paths:
+            raise UserError(f"no document source for kind {source.kind} with parts {source.parts}: no files found here")
+        files = [(str(path), path.stat().st_size) for path in paths]
+        return Input((Part(tuple(Slice(file, size) for file, size in files)),), _identity(files, content=True))
+    if source.kind == "hub":
+        files, commit = hub.find_files(source)
+    else:
+        files = [(file, os.stat(file).st_size) for file in _globbed(source)]
+    for file, _ in files:
+        if not formats.is_known(file):
+            raise UserError(
+                f"cannot read {file}: a corpus file ends in {', '.join(formats.SUFFIXES)}; narrow the names"
+            )
+    if not any(size for _, size in files):
+        raise UserError(f"source {name} is empty: its {len(files)} file(s) have no content")
+    identity = _identity(files, content=not commit and sum(size for _, size in files) <= HASHED_BYTES)
+    return Input(tuple(_parts(files, part_bytes)), hashlib.sha256((commit + identity).encode()).hexdigest(), commit)
 
 
-def _page(objects: list[ApiObject]) -> str:
-    """What is documented in a module, in the manner of pydoc; "" when nothing is."""
-    parts = []
-    for item in objects:
-        if item.docstring:
-            title = item.name + item.signature.removeprefix(item.short_name)
-            parts.append(f"{title}\n\n{item.docstring}\n")
-    return "\n".join(parts)
+def read(source: SourceConfig, part: Part) -> Iterator[Document | Unusable]:
+    """The documents of a part, in order. Raises UserError for a damaged file or one without the column asked for."""
+    if source.kind in MACHINE:
+        yield from MACHINE[source.kind][1](source, [Path(piece.file) for piece in part.slices])
+        return
+    for piece in part.slices:
+        if "://" in piece.file and not source.streaming:
+            piece = replace(piece, file=hub.fetch(piece.file))
+        yield from _documents(source, piece)
 
 
-def _topics(text: str) -> Iterator[Document]:
-    """The texts of topics.py, which is one assignment of a dict of strings."""
-    for title, topic in literal_eval(text[text.index("{") :]).items():
-        yield Document(topic, key=f"topic {title}")
+def _documents(source: SourceConfig, piece: Slice) -> Iterator[Document | Unusable]:
+    absent, present = 0, False
+    for row in formats.rows(piece, columns(source)):
+        document = row if isinstance(row, Unusable) else to_document(row, source)
+        if isinstance(document, Unusable) and document.reason == "no column" and not present:
+            absent += 1
+            assert isinstance(row, dict)
+            found = list(row)
+            if absent == PATIENCE:
+                break
+        present = present or isinstance(document, Document)
+        yield document
+    if absent and not present:
+        raise formats.missing_columns(piece.file, columns(source), found)
 
 
-def _json_line(line: bytes) -> Document | Unusable:
-    try:
-        row = json.loads(line)
-        if "messages" in row:
-            messages = tuple({"role": message["role"], "content": message["content"]} for message in row["messages"])
-            if any(message["role"] not in ROLES for message in messages):
-                return Unusable("unknown role", len(line))
-            document = Document(messages=messages)
+def _globbed(source: SourceConfig) -> list[str]:
+    """The files that the globs in `paths` match, each once. Raises UserError for one that matches nothing."""
+    files: set[str] = set()
+    for pattern in source.paths:
+        matches = [match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+        if not matches:
+            raise UserError(f"no document source at {pattern}: no file matches")
+        files.update(matches)
+    return sorted(files)
+
+
+def _parts(files: list[tuple[str, int]], part_bytes: int) -> Iterator[Part]:
+    slices = [piece for file, size in files for piece in formats.cut(file, size, part_bytes)]
+    ends = itertools.accumulate(piece.size for piece in slices)
+    by_part = itertools.groupby(zip(slices, ends, strict=True), lambda item: max(0, item[1] - 1) // part_bytes)
+    for _, group in by_part:
+        yield Part(tuple(piece for piece, _ in group))
+
+
+def _identity(files: list[tuple[str, int]], content: bool) -> str:
+    """A hash that stands for the files: of their content, or of what the file system and the hub say of them."""
+    whole = hashlib.sha256()
+    for file, size in files:
+        if content:
+            with open(file, "rb") as data:
+                whole.update(hashlib.file_digest(data, "sha256").digest())
         else:
-            document = Document(row["text"])
-        _ = document.num_bytes  # JSON can spell lone surrogates, which have no UTF-8
-    except UnicodeEncodeError:
-        return Unusable("undecodable", len(line))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return Unusable("malformed line", len(line))
-    return document
+            changed = 0 if "://" in file else os.stat(file).st_mtime_ns
+            whole.update(f"{file}\0{size}\0{changed}\0".encode())
+    return whole.hexdigest()

@@ -60,8 +60,9 @@ CHAT_TEMPLATE = (
 class Tokenizer:
     """A byte-level BPE vocabulary with control tokens.
 
-    Attributes: `vocab_size` (control tokens included), `bos_id`, `eos_id`, `pad_id`, `stop_ids` (either ends an
-    answer), `sha256` (of the bytes of its tokenizer.json: two data sets fit together when these are equal).
+    Attributes: `vocab_size` (control tokens included), `bos_id`, `eos_id`, `pad_id`, `eot_id` (ends a message),
+    `stop_ids` (either ends an answer), `headers` (ids before the message of each role), `sha256` (of the bytes of its
+    tokenizer.json: two data sets fit together when these are equal).
     """
 
     def __init__(self, tokenizer_json: bytes, origin: str = "tokenizer.json"):
@@ -81,12 +82,12 @@ class Tokenizer:
         control = {token["content"]: token["id"] for token in parsed["added_tokens"]}
         self.bos_id, self.eos_id, self.pad_id = control[BOS], control[EOS], control[PAD]
         self.stop_ids = (control[EOS], control[EOT])
-        self._eot = control[EOT]
+        self.eot_id = control[EOT]
         self._token_bytes = np.zeros(self.vocab_size, dtype=np.uint16)
         for token, index in vocab.items():
             self._token_bytes[index] = 0 if token in control else len(token)  # the alphabet has one letter per byte
         newlines = self.encode("\n\n")
-        self._headers = {
+        self.headers = {
             role: [control[HEADER_START], *self.encode(role), control[HEADER_END], *newlines] for role in ROLES
         }
 
@@ -127,12 +128,12 @@ class Tokenizer:
                 raise UserError(
                     f"a chat message needs a role out of {', '.join(ROLES)} and a text content, not {message!r:.200}"
                 )
-            header = self._headers[role]
-            body = [*self.encode(content), self._eot]
+            header = self.headers[role]
+            body = [*self.encode(content), self.eot_id]
             ids += header + body
             mask += [False] * len(header) + [role == "assistant"] * len(body)
         if add_generation_prompt:
-            header = self._headers["assistant"]
+            header = self.headers["assistant"]
             ids += header
             mask += [False] * len(header)
         return ids, mask
@@ -227,7 +228,7 @@ def _load_llama3() -> Tokenizer:
             "the llama3 tokenizer needs the llama-models package (Llama 3 Community License), which is not installed: "
             "pip install --no-deps llama-models"
         )
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     vocab: dict[str, int] = {}
     for line in (folder / "llama3" / "tokenizer.model").read_bytes().splitlines():
         encoded, rank = line.split()
@@ -241,7 +242,7 @@ def _load_llama3() -> Tokenizer:
     return assemble(vocab, merges, LLAMA3_NUM_CONTROL)
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The printable letter that stands for each byte value in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

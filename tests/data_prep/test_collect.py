@@ -1,18 +1,23 @@
 import json
-import random
-import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_prep.collect import collect, read_spool, source_key
+from data_prep.collect import Spool, collect, from_bytes, read_report, to_bytes
 from data_prep.config import SourceConfig
-from data_prep.sources import LIBRARY
-from mm_train.cli import UserError
+from data_prep.documents import Document
+from data_prep.sources import find_input
 
 
 def make(paths: list[Path], **values) -> SourceConfig:
-    return SourceConfig("text_files", "CC0-1.0", "test", paths=[str(path) for path in paths], **values)
+    return SourceConfig("files", "CC0-1.0", "code", paths=[str(path) for path in paths], **values)
+
+
+def read(source: SourceConfig, folder: Path) -> Spool:
+    (part,) = find_input("a", source, 1 << 30).parts
+    collect(source, part, None, folder)
+    return Spool(folder)
 
 
 def lines(file: Path, texts: list[str]) -> Path:
@@ -22,97 +27,44 @@ def lines(file: Path, texts: list[str]) -> Path:
 
 def test_every_document_is_kept_or_counted_under_a_reason(tmp_path):
     unanswered = json.dumps({"messages": [{"role": "user", "content": "anyone there?"}]})
-    file = lines(tmp_path / "a.jsonl", ["first text", "first text", "second text", " \n", "", "tiny"])
-    file.write_text(file.read_text() + unanswered + "\n{\n")
-    report = collect("a", make([file], min_bytes=5), 0.0, tmp_path / "spool")
-    assert report.kept == {"train": [2, 21], "val": [0, 0]}
+    file = lines(tmp_path / "a.jsonl", ["first text", "second\r\ntext", " \n", "", "tiny"])
+    file.write_bytes(file.read_bytes() + f"{unanswered}\n{{\n".encode() + b'{"text": "\xff"}\n')
+    spool = read(make([file], min_bytes=5, normalise=["newlines"]), tmp_path / "spool")
+    report = read_report(tmp_path / "spool")
     assert report.dropped == {
-        "duplicate": [1, 10],
         "empty": [2, 2],
         "shorter than min_bytes": [1, 4],
         "no answer": [1, 13],
         "malformed line": [1, 2],
+        "undecodable": [1, 14],
     }
-    assert [item.text for item in read_spool(tmp_path / "spool" / "train.jsonl")] == ["first text", "second text"]
+    assert report.examples["shorter than min_bytes"] == ["tiny"]
+    assert [spool[i].text for i in range(len(spool.index))] == ["first text", "second\ntext"]
+    assert spool.index["bytes"].tolist() == [10, 11]
 
 
-def test_split_is_by_hash_and_near_the_fraction(tmp_path):
-    texts = [f"document {i}" for i in range(3000)]
-    held_out = []
-    for name, order in (("a", texts), ("b", texts[::-1]), ("c", texts[:1500])):
-        report = collect(name, make([lines(tmp_path / f"{name}.jsonl", order)]), 0.1, tmp_path / name)
-        held_out.append({item.text for item in read_spool(tmp_path / name / "val.jsonl")})
-        train = {item.text for item in read_spool(tmp_path / name / "train.jsonl")}
-        assert train | held_out[-1] == set(order)
-        assert not train & held_out[-1]
-        assert report.kept["train"][0] + report.kept["val"][0] == len(order)
-    assert held_out[0] == held_out[1]
-    assert held_out[2] < held_out[0]
-    assert 240 < len(held_out[0]) < 360
+def test_hashes_are_of_the_content_and_spread_evenly(tmp_path):
+    spool = read(make([lines(tmp_path / "a.jsonl", [f"document {i}" for i in range(3000)])]), tmp_path / "spool")
+    again = read(make([lines(tmp_path / "b.jsonl", ["x", "document 7"])]), tmp_path / "again")
+    assert spool.index[7][["digest", "rank", "share"]] == again.index[1][["digest", "rank", "share"]]
+    for column in ("rank", "share"):
+        assert np.histogram(spool.index[column], 10, (0, 1))[0].min() > 220
+    assert np.corrcoef(spool.index["rank"], spool.index["share"])[0, 1] == pytest.approx(0, abs=0.06)
 
 
-def test_all_that_comes_from_one_module_is_on_one_side(tmp_path):
-    sides: dict[str, set[str]] = {}
-    for kind in ("stdlib_code", "docstring_chat", "machine_docs"):
-        source = SourceConfig(kind, "PSF-2.0", "test", exclude=["[!b]*"], parts=["docstrings"])
-        collect(kind, source, 0.3, tmp_path / kind)
-        for split in ("train", "val"):
-            for item in read_spool(tmp_path / kind / f"{split}.jsonl"):
-                text = item.text or item.messages[0]["content"]
-                for module in ("base64", "bdb", "bisect", "bz2"):
-                    if item.text == (LIBRARY / f"{module}.py").read_text() or re.search(rf"(^|`){module}\b", text):
-                        sides.setdefault(module, set()).add(split)
-    assert {side for found in sides.values() for side in found} == {"train", "val"}
-    assert all(len(found) == 1 for found in sides.values())
-
-
-def test_a_limit_keeps_the_same_documents_whatever_the_order(tmp_path):
-    texts = [f"{i} " * random.Random(i).randint(1, 60) for i in range(400)]
-    total = sum(map(len, texts))
-    kept = []
-    for name, order in (("a", texts), ("b", sorted(texts, key=len)), ("c", sorted(texts, key=len)[::-1])):
-        report = collect(
-            name, make([lines(tmp_path / f"{name}.jsonl", order)], max_bytes=total // 3), 0.0, tmp_path / name
-        )
-        kept.append((tmp_path / name / "train.jsonl").read_bytes())
-        assert 0.9 * total / 3 < report.kept["train"][1] <= total / 3
-        assert report.dropped["over the train limit"][0] + report.kept["train"][0] == len(texts)
-    assert kept[0] == kept[1] == kept[2]
-
-
-def test_a_large_document_does_not_keep_the_others_out(tmp_path):
-    small = [f"document {i}" for i in range(50)]
-    for i in range(8):  # wherever the large one comes in the order of hashes
-        large = [f"{i}" * 95, f"{i}" * 200]
-        spool = tmp_path / str(i)
-        report = collect("a", make([lines(tmp_path / "a.jsonl", large + small)], max_bytes=100), 0.0, spool)
-        assert report.kept["train"][1] > 85
-        assert large[1] not in {item.text for item in read_spool(spool / "train.jsonl")}
-
-
-def test_nothing_left_to_train_on(tmp_path):
-    file = lines(tmp_path / "a.jsonl", ["", "x"])
-    with pytest.raises(
-        UserError, match=r"source books is empty: .* \(dropped empty: 1, shorter than min_bytes: 1; held"
+def test_a_document_comes_back_from_its_bytes():
+    for document in (
+        Document('é\n\u2028 \\ " \x00'),
+        Document(messages=({"role": "user", "content": "q"}, {"role": "assistant", "content": "日本"})),
     ):
-        collect("books", make([file], min_bytes=5), 0.0, tmp_path / "spool")
-    assert not (tmp_path / "spool").exists()
+        assert from_bytes(to_bytes(document), bool(document.messages)) == document
 
 
-def test_finished_work_is_not_repeated(tmp_path):
-    file = lines(tmp_path / "a.jsonl", ["some text"])
-    first = collect("a", make([file]), 0.0, tmp_path / "spool")
+def test_nothing_is_left_of_a_part_that_fails(tmp_path):
+    file = lines(tmp_path / "a.jsonl", ["one"])
+    source = make([file])
+    (part,) = find_input("a", source, 1 << 30).parts
     file.unlink()
-    assert collect("a", make([file]), 0.0, tmp_path / "spool") == first
-
-
-def test_key_follows_content_and_configuration(tmp_path):
-    file = lines(tmp_path / "a.jsonl", ["some text"])
-    key = source_key(make([file]), 0.1)
-    assert source_key(make([file]), 0.1) == key
-    file.touch()
-    assert source_key(make([file]), 0.1) == key  # a new time is no new content
-    assert source_key(make([file]), 0.2) != key
-    assert source_key(make([file], min_bytes=2), 0.1) != key
-    lines(file, ["other text"])
-    assert source_key(make([file]), 0.1) != key
+    with pytest.raises(Exception, match=r"cannot read .*a\.jsonl"):
+        collect(source, part, None, tmp_path / "spool")
+    assert not (tmp_path / "spool").exists()

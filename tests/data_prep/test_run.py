@@ -1,6 +1,10 @@
+import contextlib
 import fcntl
+import gzip
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 import yaml
+import zstandard
 
 from data_prep import run
-from data_prep.sources import LIBRARY
+from data_prep.machine import LIBRARY
 from mm_train.shards import ShardReader, check_one_tokenizer
 from mm_train.tokenizer import load_tokenizer
 
@@ -30,7 +36,7 @@ def config(tmp_path) -> Path:
     ]
     rows.append({"messages": [{"role": "user", "content": "long?"}, {"role": "assistant", "content": "so " * 200}]})
     (texts / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"kind": "text_files", "licence": "PSF-2.0"}
+    common = {"kind": "files", "licence": "PSF-2.0"}
     content = {
         "out": str(tmp_path / "out"),
         "validation_fraction": 0.2,
@@ -83,9 +89,11 @@ def test_a_data_set_from_end_to_end(config, tmp_path, capsys):
         assert facts["manifest_sha256"] == reader.manifest.sha256
         assert (reader.manifest.licence, reader.manifest.domain) == ("PSF-2.0", name)
     assert summary["sources"]["code"]["dropped"] == {
-        "duplicate": {"documents": 1, "bytes": len((LIBRARY / "glob.py").read_bytes())}
+        "duplicate": {"documents": 1, "bytes": len((LIBRARY / "glob.py").read_bytes()), "examples": []}
     }
-    assert summary["sources"]["chat"]["dropped"] == {"longer than a row": {"documents": 1, "bytes": 605}}
+    assert summary["sources"]["chat"]["dropped"] == {
+        "longer than a row": {"documents": 1, "bytes": 605, "examples": []}
+    }
     tokens, mask, _ = readers["chat", "train"].window(0, 64)
     assert tokenizer.decode(tokens[mask], skip_special=False).replace("<|eot|>", "").isdigit()
 
@@ -128,29 +136,94 @@ def test_a_second_run_does_only_what_has_changed(config, tmp_path, capsys):
     ShardReader(out / "code" / "val").verify()
 
 
-def test_killed_at_any_moment_it_continues_and_leaves_no_half_file(config, tmp_path):
-    assert prepare(config, "--out", str(tmp_path / "whole")) == 0
-    command = [sys.executable, "-m", "data_prep.run", str(config), "--workers", "2"]
-    out = tmp_path / "out"
-    for delay in (1.0, 1.8, 2.6):
+def kill_and_continue(config: Path, out: Path, whole: Path, kills: int, longest: float, seed: int) -> dict[str, int]:
+    """Prepare with 2 workers, killed `kills` times at random instants: half of the time the parent, else a worker.
+
+    Every completed run has to equal `whole`; after one, the next begins from nothing. Returns what was struck when.
+    """
+    command = [sys.executable, "-m", "data_prep.run", str(config), "--workers", "2", "--out", str(out)]
+    chance, struck = random.Random(seed), dict.fromkeys(["starting", "reading", "encoding", "publishing"], 0)
+    while sum(struck.values()) < kills:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for manifest in out.rglob("manifest.json"):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(0.3, longest))
+        if process.poll() is None:
+            work = out / ".work"
+            step = (
+                "publishing" if any(work.glob("*/shards-*/joined"))
+                else "encoding" if any(work.glob("*/shards-*"))
+                else "reading" if any(work.glob("*/read-*"))
+                else "starting"
+            )  # fmt: skip
+            struck[step] += 1
+            workers = [int(pid) for pid in children(process.pid)]
+            victim = chance.choice([process.pid, *workers])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+            assert process.wait(120) in ((-signal.SIGKILL,) if victim == process.pid else (2, 0))
+        if process.returncode == 0:
+            assert files(out) == files(whole)
+            shutil.rmtree(out)
+        for manifest in out.glob("*/*/manifest.json"):
             ShardReader(manifest.parent).verify()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    assert files(out) == files(tmp_path / "whole")
+    assert files(out) == files(whole)
+    return struck
+
+
+def children(parent: int) -> list[str]:
+    """Processes that `parent` has started."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return []
+
+
+def test_killed_at_any_moment_it_continues_and_leaves_no_half_file(config, tmp_path):
+    assert prepare(config, "--out", str(tmp_path / "whole")) == 0
+    kill_and_continue(config, tmp_path / "out", tmp_path / "whole", 3, 4.0, 1)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(config, tmp_path, capsys):
+    content = yaml.safe_load(config.read_text())
+    content.update(part_bytes=300_000, shard_tokens=60_000, tokenizer={"kind": "train_bpe", "vocab_size": 2000})
+    content["sources"]["code"].update(paths=[f"{LIBRARY}/[a-p]*.py"])
+    config.write_text(yaml.safe_dump(content))
+    start = time.monotonic()
+    assert prepare(config, "--out", str(tmp_path / "whole")) == 0
+    seconds = time.monotonic() - start
+    struck = kill_and_continue(config, tmp_path / "out", tmp_path / "whole", 20, 1.2 * seconds, 2)
+    with capsys.disabled():
+        shards = len(list((tmp_path / "whole").rglob("*.tar")))
+        print(f"\n20 kills {struck}: {shards} shards identical to those of the undisturbed run ({seconds:.1f} s)")
+
+
+def test_ranks_share_a_preparation(config, tmp_path, capsys):
+    content = yaml.safe_load(config.read_text())
+    content.update(part_bytes=20_000)
+    config.write_text(yaml.safe_dump(content))
+    assert prepare(config, "--out", str(tmp_path / "whole")) == 0
+    ranks = [["--out", str(tmp_path / "out"), "--world", "3", "--wait", "0", "--rank", str(rank)] for rank in range(3)]
+    assert prepare(config, *ranks[0]) == 75
+    assert "rank 0 of 3 has done its part of the step 'read'" in capsys.readouterr().err
+    statuses = [[prepare(config, *arguments) for arguments in ranks] for _ in range(5)]
+    assert 0 in [status for some in statuses for status in some]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+    command = [sys.executable, "-m", "data_prep.run", str(config), "--workers", "1", "--out", str(tmp_path / "again")]
+    together = [subprocess.Popen([*command, "--world", "2", "--rank", str(rank)]) for rank in range(2)]
+    assert [process.wait(120) for process in together] == [0, 0]
+    assert files(tmp_path / "again") == files(tmp_path / "whole")
 
 
 def test_workers_die_with_a_killed_parent(tmp_path):
     script = (
         "import time\n"
-        "from data_prep.run import _processes\n"
+        "from data_prep.workers import processes\n"
         "if __name__ == '__main__':\n"
         "    import os\n"
-        "    with _processes(1) as pool:\n"
-        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    with processes(1) as pool:\n"
+        "        print(pool.executor.submit(os.getpid).result(), flush=True)\n"
         "        time.sleep(60)\n"
     )
     file = tmp_path / "parent.py"
@@ -193,19 +266,90 @@ BAD = {
     ],
     "no tokenizer at /nowhere": ["CONFIG", "tokenizer.kind=folder", "tokenizer.path=/nowhere"],
     "too little to learn 60000 tokens": ["CONFIG", "tokenizer.vocab_size=60000"],
+    "has no column 'body': it has messages": ["CONFIG", "sources.chat.column=body"],
+    "the weights of all sources add up to 0": ["CONFIG", "sources.code.weight=0", "sources.chat.weight=0"],
+    "no benchmark items in /nowhere: run python -m eval.prepare_data": ["CONFIG", "benchmarks.mirror=/nowhere"],
+    "filter gopher_quality: ": ["CONFIG", "sources.code.filters={gopher_quality: {min_wrods: 5}}"],
+    "--rank is 3; it must lie in 0..2, below --world": ["CONFIG", "--rank", "3", "--world", "3"],
+    "a corpus file ends in .parquet": ["CONFIG", "sources.code.paths=[TEXTS/../config.yaml]"],
+    "cannot read TEXTS/half.jsonl.gz: ": ["CONFIG", "sources.code.paths=[TEXTS/*.gz]"],
+    "cannot read TEXTS/half.json.zst: ": ["CONFIG", "sources.code.paths=[TEXTS/*.zst]"],
+    "cannot read TEXTS/half.parquet: ": ["CONFIG", "sources.code.paths=[TEXTS/*.parquet]"],
+    "source code is empty: its 1 file(s) have no content": ["CONFIG", "sources.code.paths=[TEXTS/empty.jsonl]"],
+    "tokenizer.json lacks the control token(s) <|begin_of_text|>": [
+        "CONFIG",
+        "tokenizer.kind=folder",
+        "tokenizer.path=TEXTS/foreign",
+    ],
     "cannot prepare CONFIG/out": ["CONFIG", "--out", "CONFIG/out"],
     "--workers is 0; it must be at least 1": ["CONFIG", "--workers", "0"],
 }
 
 
+def write_bad_files(texts: Path) -> None:
+    """Files that were cut short, an empty one, and a tokenizer of somebody else's."""
+    lines = "".join(json.dumps({"text": f"some text {i}"}) + "\n" for i in range(2000)).encode()
+    (texts / "half.jsonl.gz").write_bytes(gzip.compress(lines)[:-500])
+    (texts / "half.json.zst").write_bytes(zstandard.ZstdCompressor().compress(lines)[:-500])
+    (texts / "half.parquet").write_bytes(b"PAR1" + bytes(500))
+    (texts / "empty.jsonl").touch()
+    (texts / "foreign").mkdir()
+    foreign = tokenizers.Tokenizer(tokenizers.models.BPE())
+    foreign.decoder = tokenizers.decoders.ByteLevel()
+    foreign.save(str(texts / "foreign" / "tokenizer.json"))
+
+
+def test_bad_documents_are_counted_and_skipped(config, tmp_path, capsys):
+    """Undecodable, malformed and unanswered rows, a file that two globs name, and a file that is there twice."""
+    texts = tmp_path / "texts"
+    rows = [b'{"text": "fine"}', b'{"text": "\xff"}', b"{", b'{"text": 1}', b'{"title": "x"}', b'{"text": " "}']
+    (texts / "rows.jsonl").write_bytes(b"\n".join(rows))
+    (texts / "copy.jsonl").write_bytes(b"\n".join(rows))
+    (texts / "latin.txt").write_bytes(b"\xe9t\xe9")
+    paths = [f"{texts}/*.py", f"{texts}/[cr]o*.jsonl", f"{texts}/rows.jsonl", f"{texts}/*.txt"]
+    assert prepare(config, f"sources.code.paths={json.dumps(paths)}") == 0
+    dropped = json.loads((tmp_path / "out" / "dataset.json").read_text())["sources"]["code"]["dropped"]
+    assert {reason: item["documents"] for reason, item in dropped.items()} == {
+        "duplicate": 2,
+        "empty": 2,
+        "malformed line": 2,
+        "malformed row": 2,
+        "no column": 2,
+        "undecodable": 3,
+    }
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(config, tmp_path):
+    """The system refuses to let any file grow past a limit, as a full disk would."""
+    assert prepare(config, "--out", str(tmp_path / "whole")) == 0
+    limited = (
+        "import resource, signal, sys; from data_prep import run; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1)); sys.exit(run.main(sys.argv[2:]))"
+    )
+    out = ["--workers", "1", "--out", str(tmp_path / "out")]
+    for limit in (1_000, 8_000, 60_000, 150_000):
+        command = [sys.executable, "-c", limited, str(limit), str(config), *out]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert f"cannot prepare {tmp_path / 'out'}" in line
+        assert "File too large" in line
+        assert "Traceback" not in done.stderr
+    assert prepare(config, "--out", str(tmp_path / "out")) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_gives_one_clear_line(config, capsys, message):
-    arguments = [argument.replace("CONFIG", str(config)) for argument in BAD[message]]
+    if "TEXTS" in str(BAD[message]):
+        write_bad_files(config.parent / "texts")
+    texts = str(config.parent / "texts")
+    arguments = [argument.replace("CONFIG", str(config)).replace("TEXTS", texts) for argument in BAD[message]]
     workers = [] if "--workers" in arguments else ["--workers", "1"]
     assert run.main([*arguments, *workers]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
-    assert message.replace("CONFIG", str(config)) in line
+    assert message.replace("CONFIG", str(config)).replace("TEXTS", texts) in line
 
 
 def test_a_failed_run_leaves_the_finished_data_set_alone(config, tmp_path, capsys):

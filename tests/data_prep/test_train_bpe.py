@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import LIBRARY
+from data_prep.machine import LIBRARY
 from data_prep.train_bpe import train_bpe
 from mm_train.cli import UserError
 from mm_train.tokenizer import CONTROL_TOKENS
