@@ -41,6 +41,6 @@ def better_in_float32(x: Tensor) -> bool:
 def _multiplies_bfloat16() -> bool:
     """Whether torch hands bfloat16 matrix products to oneDNN on this processor (AVX-512, AMX, Arm's bf16 extension).
 
-    Elsewhere they run in a plain loop: some 60 times slower than float32 on AVX2 (measured: docs/log.md, 2026-11-24).
+    Elsewhere they run in plain loops, on AVX2 4 to 77 times slower than float32 (measured: docs/log.md, 2026-11-24).
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
