@@ -121,12 +121,12 @@ def _run_everything(size: Size, dtype: torch.dtype) -> None:
         logits_TE, bias_E, top_k, SCALE, True, False
     )
     backward(weights, z_B)
-    for capacity in (0, size.capacity(TOKENS)):
+    for capacity in (-1, size.capacity(TOKENS)):  # dropless, drop-and-pad
         plan = plan_triton.plan(ids_TK, position_TK, ahead_BE, counts_E, capacity)
         slot_R, row_TK, starts_E, used_E = plan
-        x_RD = permute_triton.scatter(x_TD, slot_R, row_TK, capacity == 0)
-        backward(permute_triton.gather(x_RD, weights_TK, slot_R, row_TK, capacity == 0))
-        index = slot_R, row_TK, starts_E, used_E, capacity == 0
+        x_RD = permute_triton.scatter(x_TD, slot_R, row_TK, capacity < 0)
+        backward(permute_triton.gather(x_RD, weights_TK, slot_R, row_TK, capacity < 0))
+        index = slot_R, row_TK, starts_E, used_E, capacity < 0
         backward(experts_triton.mixture(x_TD, weights_TK, gate_up, down, *casts, *index)[0])
     x_RD = x_RD.detach().requires_grad_()
     backward(experts_triton.experts(x_RD, gate_up, down, *casts, starts_E, used_E)[0])

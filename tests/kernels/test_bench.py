@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kernels import bench, bench_cases
+from kernels import bench, bench_cases, bench_step
 from kernels.bench_cases import COMPILED, OURS, REFERENCE, Case, cases
 from kernels.bench_measure import error, measure
 from kernels.bench_peers import liger_budget, liger_chunk
@@ -138,3 +138,24 @@ def test_bad_arguments_are_refused(words, capsys):
 
 def test_a_training_step_that_fails_says_why():
     assert train_step("nothing", "dropless", on_gpu=False)["absent"].count("nothing.yaml") == 1
+
+
+def test_a_training_step_is_measured():
+    step = bench_step._measure("tiny", "drop_and_pad", 256, 256, "float32", 240)
+    assert step.get("absent") is None
+    assert step["tokens_per_second"] > 0
+    assert step["mfu"] is None
+    assert step["memory_gib"]["host"] > 0
+    assert step["loss"] == pytest.approx(7.6, abs=0.5)  # log 2048: nothing is learnt yet
+
+
+def test_a_micro_batch_is_halved_until_it_fits(monkeypatch):
+    tried = []
+
+    def step(size, dispatch, tokens, context, dtype, seconds):
+        tried.append(tokens)
+        return {"absent": "CUDA out of memory. Tried"} if tokens > 8192 else {"micro_batch_tokens": tokens}
+
+    monkeypatch.setattr(bench_step, "_measure", step)
+    assert bench_step.train_step("s", "dropless", on_gpu=True) == {"micro_batch_tokens": 8192, "lowered": True}
+    assert tried == [32768, 16384, 8192]
