@@ -3,7 +3,8 @@
 Shapes: B rows, T tokens of a row, N = B * T, H heads, C head width.
 """
 
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,11 @@ def document_attention(q_NHC: Tensor, k_NHC: Tensor, v_NHC: Tensor, lengths: Len
         return document_attention_reference(q_NHC, k_NHC, v_NHC, lengths)
     from torch.nn.attention.varlen import varlen_attn
 
+    # How to say "causal" has changed since torch 2.10.
+    said_by_window = "window_size" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if said_by_window else {"is_causal": True}
     ends, longest = lengths
-    out = varlen_attn(q_NHC, k_NHC, v_NHC, ends, ends, longest, longest, window_size=(-1, 0))
+    out = varlen_attn(q_NHC, k_NHC, v_NHC, ends, ends, longest, longest, **causal)
     assert isinstance(out, Tensor)  # a tuple only where more is asked for
     return out
 
