@@ -129,6 +129,8 @@ def hub(tmp_path, byte_tokenizer):
     with serving(data, "org/texts") as (address, requests):
         environment = {
             "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": "0",  # other tests forbid this process the hub
+            "HF_DATASETS_OFFLINE": "0",
             "HF_HOME": str(tmp_path / "home"),
             "HF_DATASETS_CACHE": str(tmp_path / "home/datasets"),
             "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -23,6 +23,7 @@ def cfg(small_model) -> config.Config:
     return cfg
 
 
+@pytest.mark.slow  # a minute and more, of which nearly all is starting seven processes
 def test_every_way_trains_the_same(cfg):
     """One process, two ranks and transformers start from the same loss; ours go on alike."""
     found = compare([*ways(cfg, 2)[:2], ways(cfg, 1)[-1]], threads=2, steps=1, repeats=1)
