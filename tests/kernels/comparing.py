@@ -2,6 +2,9 @@
 
 import torch
 
+from kernels.experts import experts, mixture
+from kernels.permute import permute, plan_capacity, plan_dropless, unpermute
+
 
 def assert_same(results, rtol=2e-5, atol=2e-6):
     """Compare what `by_both` returns, name by name; `atol` is in units of the largest element."""
@@ -28,3 +31,16 @@ def routing(tokens, experts, top_k, seed=0, load="random"):
     elif load == "empty":
         logits[:, experts // 2] -= 50
     return logits
+
+
+def by_experts(found, x, weights, gate_up, down, capacity=0, fused=True):
+    """What a mixture layer makes of a routing: y [T, D], and the rows of each expert, padding included."""
+    counts = found.counts_E
+    if capacity:
+        plan = plan_capacity(found.ids_TK, counts, capacity, found.places)
+        counts = torch.full_like(counts, capacity)
+    else:
+        plan = plan_dropless(found.ids_TK, counts, found.places)
+    if fused:
+        return mixture(x, weights, plan, counts, gate_up, down), counts
+    return unpermute(experts(permute(x, plan), gate_up, down, counts), weights, plan), counts

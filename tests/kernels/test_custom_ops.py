@@ -5,23 +5,15 @@ import torch
 
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.experts import experts, mixture
-from kernels.permute import permute, plan_capacity, plan_dropless, unpermute
+from kernels.permute import permute, plan_dropless, unpermute
 from kernels.router import route_and_count
+from tests.kernels.comparing import by_experts
 
 
 def layer(x, router, gate_up, down, head, labels, capacity=0, fused=True):
     """Everything that a mixture layer and the loss call, in one function."""
     found = route_and_count(x.float() @ router.T, torch.zeros(len(router), device=x.device), 2, 2.5)
-    counts = found.counts_E
-    if capacity:
-        plan = plan_capacity(found.ids_TK, counts, capacity, found.places)
-        counts = torch.full_like(counts, capacity)
-    else:
-        plan = plan_dropless(found.ids_TK, counts, found.places)
-    if fused:
-        y = mixture(x, found.weights_TK, plan, counts, gate_up, down)
-    else:
-        y = unpermute(experts(permute(x, plan), gate_up, down, counts), found.weights_TK, plan)
+    y, _ = by_experts(found, x, found.weights_TK, gate_up, down, capacity, fused)
     return linear_cross_entropy(y, head, labels) + found.z_loss_sum
 
 

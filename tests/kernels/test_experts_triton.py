@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from kernels.experts import experts, mixture
-from kernels.permute import plan_capacity, plan_dropless
+from kernels.permute import plan_dropless
 from kernels.router import route_and_count
-from tests.kernels.comparing import assert_same, routing
+from tests.kernels.comparing import assert_same, by_experts, routing
 
 CASES = [
     (70, 8, 2, 48, 32, "random"),
@@ -32,13 +32,7 @@ def test_the_mixture_is_permute_loop_unpermute_in_output_and_every_gradient(by_b
 
     def function(x, weights, gate_up, down):
         found = route_and_count(logits, torch.zeros(num_experts, device=device), top_k, 1.0)
-        counts = found.counts_E
-        if capacity:
-            plan = plan_capacity(found.ids_TK, counts, capacity, found.places)
-            counts = torch.full_like(counts, capacity)
-        else:
-            plan = plan_dropless(found.ids_TK, counts, found.places)
-        return mixture(x, weights, plan, counts, gate_up, down)
+        return by_experts(found, x, weights, gate_up, down, capacity)[0]
 
     assert_same(by_both(function, leaves(tokens, num_experts, width, hidden, top_k)))
 

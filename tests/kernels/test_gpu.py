@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.experts import experts, mixture
-from kernels.permute import permute, plan_capacity, plan_dropless, unpermute
+from kernels.experts import experts
 from kernels.router import route_and_count
-from tests.kernels.comparing import routing
+from tests.kernels.comparing import by_experts, routing
 
 pytestmark = pytest.mark.gpu
 TOKENS, EXPERTS, TOP_K, WIDTH, HIDDEN, CLASSES = 3000, 60, 4, 768, 384, 5000
@@ -33,16 +32,7 @@ def leaves(dtype, load="random"):
 def layer(logits, x, gate_up, down, head, labels, capacity=0, fused=True):
     """Everything that a mixture layer and the loss call; all outputs and nothing else."""
     found = route_and_count(logits, torch.zeros(EXPERTS, device="cuda"), TOP_K, 2.5)
-    counts = found.counts_E
-    if capacity:
-        plan = plan_capacity(found.ids_TK, counts, capacity, found.places)
-        counts = torch.full_like(counts, capacity)
-    else:
-        plan = plan_dropless(found.ids_TK, counts, found.places)
-    if fused:
-        y = mixture(x, found.weights_TK, plan, counts, gate_up, down)
-    else:
-        y = unpermute(experts(permute(x, plan), gate_up, down, counts), found.weights_TK, plan)
+    y, counts = by_experts(found, x, found.weights_TK, gate_up, down, capacity, fused)
     loss = linear_cross_entropy(y, head, labels) / TOKENS + found.z_loss_sum / TOKENS
     return loss, y, found.weights_TK, counts
 
