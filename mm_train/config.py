@@ -327,7 +327,12 @@ def refuse_unknown(values: Any, cls: type, prefix: str, origin: str) -> None:
         inner = next((t for t in (known[key], *typing.get_args(known[key])) if is_dataclass(t)), None)
         if inner is None or value is None:
             continue
-        if typing.get_origin(known[key]) is dict:
+        if typing.get_origin(known[key]) is list:
+            if not isinstance(value, list):
+                raise UserError(f"{origin}: {prefix}{key} must be a list, not {value!r:.80}")
+            for index, item in enumerate(value):
+                refuse_unknown(item, typing.cast(type, inner), f"{prefix}{key}[{index}].", origin)
+        elif typing.get_origin(known[key]) is dict:
             if not isinstance(value, Mapping):
                 raise UserError(f"{origin}: {prefix}{key} must be a mapping of names, not {value!r:.80}")
             for name, item in value.items():
