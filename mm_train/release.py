@@ -5,7 +5,6 @@ model = load_release("out/")
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 
 from mm_train import config, hf, inventory, model_card, release_format
 from mm_train.cli import UserError
-from mm_train.files import publish, sync
+from mm_train.files import sync
 from mm_train.model import MobileMoE
+from mm_train.output_folder import output_folder
 from mm_train.quant import codes_of, dequantise, pack, quantise, unpack
 from mm_train.release_files import WeightFiles, read_json
 from mm_train.release_format import FORMATS, INDEX, MARK, METADATA, WEIGHTS, Stored, stored_tensors
@@ -55,32 +55,13 @@ def save_release(
     if format not in FORMATS:
         raise UserError(f"unknown release format {format!r}; it must be bf16 or int4")
     path = Path(path).resolve()
-    # What is made here lies in a folder of a name of its own, so that nothing of anybody else's can be in the way.
-    scratch = path.with_name(f".{path.name}.mobilemoe-partial")
-    new, old = scratch / "new", scratch / "old"
-    if old.is_dir() and not path.exists():  # killed between the two renames below
-        os.replace(old, path)
-    foreign = _foreign(path)
-    if foreign is not None:
-        raise UserError(f"{foreign} exists and was not written by this project: choose another place, or remove it")
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        files = _write_folder(model, new, format, tokenizer, max_shard_bytes, dict(facts or {}))
-        if path.exists():
-            os.replace(path, old)
+    with output_folder(path, _foreign, "the release") as folder:
         try:
-            publish(new, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the release to {path}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            files = _write_folder(model, folder, format, tokenizer, max_shard_bytes, dict(facts or {}))
+        except SafetensorError as error:
+            raise UserError(f"cannot write the release to {path}: {error}") from None
     return [path / file for file in files]
 
 
@@ -107,7 +88,6 @@ def _write_folder(
     facts: dict[str, Any],
 ) -> list[str]:
     """Everything that a release holds; returns the names of the weight files."""
-    folder.mkdir()
     files = _write_weights(model, format, folder, max_shard_bytes)
     single = {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
     values = release_format.release_config(model.config, format, single) | {"auto_map": hf.AUTO_MAP}
@@ -210,7 +190,7 @@ class Release:
 
     def __init__(self, path: Path) -> None:
         values = read_json(path / "config.json")
-        int4 = release_format.check_quantization(values, path / "config.json")
+        int4 = self.int4 = release_format.check_quantization(values, path / "config.json")
         self.path = path
         self.shape = release_format.model_config(values, path / "config.json", int4)
         self._files = WeightFiles(path)
@@ -224,12 +204,17 @@ class Release:
 
     def read(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
         """`rows` of a tensor as they are stored, or dequantised to float32 together with their scales."""
-        parts = {role: self._files.read(stored)[rows] for role, stored in self.stored[name].items()}
-        if "plain" in parts:
-            return parts["plain"], None
-        if (parts["scales"] < 0).any():
+        if "plain" in self.stored[name]:
+            return self._files.read(self.stored[name]["plain"])[rows], None
+        codes, scales = self.codes(name, rows)
+        return dequantise(codes, scales), scales
+
+    def codes(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """int8 codes and fp16 scales of `rows` of an int4 tensor, groups along the last dimension."""
+        packed, scales = (self._files.read(self.stored[name][role])[rows] for role in ("codes", "scales"))
+        if (scales < 0).any():
             raise UserError(f"{self.path}: the scales of {name} are negative in places")
-        return dequantise(unpack(parts["codes"]), parts["scales"]), parts["scales"]
+        return unpack(packed), scales
 
 
 def build(

@@ -112,6 +112,15 @@ class Tokenizer:
         """uint16 [vocab_size]: how many bytes of UTF-8 text each id stands for, 0 for control tokens."""
         return self._token_bytes
 
+    def tables(self) -> tuple[list[str], list[bool], list[str]]:
+        """For other formats: tokens by id (byte alphabet), which of them are control tokens, merges as "left right"."""
+        parsed = json.loads(self._json)
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        control = {token["content"] for token in parsed["added_tokens"]}
+        tokens = sorted(vocab, key=vocab.__getitem__)
+        pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in parsed["model"]["merges"])
+        return tokens, [token in control for token in tokens], list(pairs)
+
     def render_chat(
         self, messages: Iterable[dict[str, str]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:

@@ -22,6 +22,8 @@ MAY_IMPORT = {  # the project's own packages that each may import
 }
 ONLY_IN: dict[str, str | tuple[str, ...]] = {  # files or folders that alone may import a package
     "deepspeed": "mm_train/parallel/",
+    "gguf": "mm_train/gguf/",
+    "xllamacpp": "mm_train/gguf/",
     "megatron": ("mm_train/parallel/", "data_prep/megatron.py", "data_prep/bench_peers.py"),
     "wandb": "mm_train/metrics.py",
     "wandb_workspaces": "mm_train/dashboard.py",
@@ -40,6 +42,9 @@ TORCH_FREE = (
     "dashboard",
     "describe",
     "files",
+    "gguf.layout",
+    "gguf.read",
+    "gguf.runtime",
     "hf",
     "inventory",
     "log_lines",
@@ -50,6 +55,7 @@ TORCH_FREE = (
     "mixture_change",
     "model_card",
     "order",
+    "output_folder",
     "release_format",
     "remote",
     "report",

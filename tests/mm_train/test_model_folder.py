@@ -7,7 +7,7 @@ import torch
 from mm_train import config
 from mm_train.checkpoint.folders import find
 from mm_train.cli import UserError
-from mm_train.export import export
+from mm_train.export.__main__ import export
 from mm_train.model import MobileMoE
 from mm_train.model_folder import check_same_tokenizer, find_tokenizer, load_model, weight_source
 from mm_train.parallel.groups import Groups

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mm_train import config, release
+from mm_train import config, output_folder, release
 from mm_train.cli import UserError
 from mm_train.model import MobileMoE
 from mm_train.quant import fake_quantise, quantise, unpack
@@ -212,8 +212,8 @@ def test_a_failure_leaves_the_release_that_was_there(model, tmp_path, monkeypatc
     def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
-    for name in ("publish", "save_file"):
-        monkeypatch.setattr(release, name, fail)
+    for module, name in ((output_folder, "publish"), (release, "save_file")):
+        monkeypatch.setattr(module, name, fail)
         with pytest.raises(UserError, match=r"cannot write the release to .*: No space left on device"):
             save_release(model, tmp_path / "out", "bf16")
         assert file.read_bytes() == before

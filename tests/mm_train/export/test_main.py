@@ -7,7 +7,7 @@ import torch
 from mm_train import config
 from mm_train.checkpoint.writer import Writer
 from mm_train.engine import PlainEngine
-from mm_train.export import main
+from mm_train.export.__main__ import main
 from mm_train.model import MobileMoE
 from mm_train.parallel.groups import Groups
 from mm_train.release import load_release

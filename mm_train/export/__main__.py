@@ -1,0 +1,135 @@
+"""Export a checkpoint, as a release folder or for llama.cpp: the step between training and a device.
+
+python -m mm_train.export --checkpoint runs/quickstart/qat --out runs/quickstart/export
+python -m mm_train.export --checkpoint runs/quickstart/sft --out out/ --format bf16
+python -m mm_train.export --checkpoint runs/device/qat --out out/ --format gguf
+python -m mm_train.export verify out/ --reference runs/device/qat
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm_train import config
+from mm_train.checkpoint.folders import find
+from mm_train.checkpoint.format import open_checkpoint
+from mm_train.cli import UserError, command
+from mm_train.export.source import ExportSource
+from mm_train.model_folder import find_tokenizer, load_model
+from mm_train.release import save_release
+from mm_train.run_facts import run_facts
+from mm_train.tokenizer import Tokenizer, load_tokenizer
+
+QUANTISATION_AWARE, POST_TRAINING = "quantisation-aware training", "post-training quantisation"
+AFTER_TRAINING = (
+    "note: this checkpoint is not from quantisation-aware training; its weights were quantised after training"
+)
+
+
+def export(source: Path, out: Path, format: str, license: str | None = None) -> tuple[list[Path], str]:
+    """Write the newest checkpoint of `source` (a run or checkpoint folder) to `out`; `license` is that of the weights.
+
+    Returns the weight files and how its numbers came about.
+
+    From quantisation-aware training the int4 codes and scales are those that training computed with: the same
+    function quantises the same float32 weights. From any other checkpoint it is post-training quantisation.
+
+    Raises UserError when there is no checkpoint, or when the experts were trained for another group axis.
+    """
+    folder = find(source)
+    saved = open_checkpoint(folder)
+    cfg = saved.run_config
+    if format == "int4" and cfg.quant.enabled and cfg.quant.expert_group_axis != "out":
+        raise UserError(
+            f"{source} was trained with quant.expert_group_axis={cfg.quant.expert_group_axis}; the int4 release groups"
+            " experts along out, and quantising anew would cost accuracy: train with quant.expert_group_axis=out"
+        )
+    tokenizer = load_tokenizer(find_tokenizer(source))
+    quantisation = how(cfg, format)
+    facts = {"stage": cfg.run.stage, "step": saved.step, "quantisation": quantisation}
+    facts |= {"license": license} if license else {}
+    facts |= run_facts(source)
+    return save_release(load_model(folder), out, format, tokenizer, facts=facts), quantisation
+
+
+def how(cfg: config.Config, format: str) -> str:
+    """Where the numbers of the exported weights come from."""
+    if format == "bf16":
+        return "none"
+    return QUANTISATION_AWARE if cfg.quant.enabled else POST_TRAINING
+
+
+def to_gguf(source: ExportSource, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Write a model as GGUF, and say what came of it. Raises UserError."""
+    from mm_train.gguf.export import MODEL, export_gguf, llama_cpp_flags
+
+    facts = {"name": source.shape.name} | ({"license": args.license} if args.license else {})
+    started = time.perf_counter()
+    written = export_gguf(source, tokenizer, args.out, facts, args.requantise, args.float32)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = time.perf_counter() - started
+    print(f"GGUF: {args.out / MODEL} ({written.bytes:,} bytes) in {seconds:.0f} s, at most {peak:.2f} GiB of memory")
+    if flags := llama_cpp_flags(source.shape):
+        print(f"IMPORTANT: run it with {flags}, or its output is silently wrong (see {args.out / 'README.md'})")
+    if written.errors:
+        worst = max(written.errors, key=written.errors.__getitem__)
+        mean = sum(written.errors.values()) / len(written.errors)
+        print(
+            f"note: the experts were quantised a second time, along another axis: relative error {mean:.3f} on average,"
+            f" {written.errors[worst]:.3f} at most ({worst})"
+        )
+    elif source.expert_axis is None and not args.float32:
+        print(AFTER_TRAINING)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["verify"]:
+        from mm_train.export.verify import main as verify
+
+        return verify(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m mm_train.export",
+        description="Write a checkpoint as a release folder (int4, bf16), or as a file for llama.cpp (gguf).",
+        epilog="python -m mm_train.export verify --help: compare what was written with what was trained",
+    )
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--checkpoint", type=Path, help="run or checkpoint folder; for gguf a release too")
+    weights.add_argument(
+        "--random-weights", type=Path, metavar="MODEL.yaml", help="gguf: an untrained network, to measure speed with"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--format", default="int4", choices=("int4", "bf16", "gguf"), help="default: %(default)s")
+    parser.add_argument("--license", help="of the weights, as the model card shall name it, e.g. apache-2.0")
+    parser.add_argument(
+        "--requantise", action="store_true", help="gguf: quantise experts anew whose groups lie along another axis"
+    )
+    parser.add_argument(
+        "--tokenizer", help='gguf: folder or "llama3" (default: the run\'s own; llama3 with random weights)'
+    )
+    parser.add_argument("--float32", action="store_true", help="gguf: do not quantise at all, to compare runtimes")
+    args = parser.parse_args(argv)
+    if args.format == "gguf":
+        if args.random_weights:
+            to_gguf(ExportSource.random(args.random_weights), load_tokenizer(args.tokenizer or "llama3"), args)
+        else:
+            source = ExportSource(args.checkpoint)
+            to_gguf(source, load_tokenizer(args.tokenizer or find_tokenizer(args.checkpoint)), args)
+        return 0
+    for flag in ("requantise", "float32", "random_weights", "tokenizer"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag.replace('_', '-')} is for --format gguf, not {args.format}")
+    files, quantisation = export(args.checkpoint, args.out, args.format, args.license)
+    size = sum(file.stat().st_size for file in files)
+    print(f"{args.format} release: {', '.join(map(str, files))} ({size:,} bytes)")
+    if quantisation == POST_TRAINING:
+        print(AFTER_TRAINING)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
