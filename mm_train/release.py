@@ -7,24 +7,22 @@ model = load_release("out/")
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_train import config, hf, inventory, model_card, release_format
 from mm_train.cli import UserError
 from mm_train.files import sync
 from mm_train.model import MobileMoE
-from mm_train.output_folder import output_folder
+from mm_train.output_folder import SUMS, output_folder, write_sums
 from mm_train.quant import codes_of, dequantise, pack, quantise, unpack
 from mm_train.release_files import WeightFiles, read_json
-from mm_train.release_format import FORMATS, INDEX, MARK, METADATA, WEIGHTS, Stored, stored_tensors
+from mm_train.release_format import FORMATS, INDEX, MARK, WEIGHTS, Stored, file_layout, stored_tensors
 from mm_train.tokenizer import Tokenizer, check_vocabulary
 
 MAX_SHARD_BYTES = 5 * 10**9  # longer weights are split; int4 of every published size stays one file
@@ -32,8 +30,39 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 # Names of what a release folder of ours can hold (Python leaves __pycache__ when transformers runs the code).
 OWN_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|README\.md|__pycache__"
+    rf"|{SUMS}"
     r"|(configuration|modeling)_mobilemoe\.py|model(-\d{5}-of-\d{5})?\.safetensors"
 )
+
+
+class Weights(Protocol):
+    """Where the tensors of a release come from, one at a time."""
+
+    @property
+    def shape(self) -> config.Model: ...
+
+    def read(self, name: str) -> Tensor:
+        """Values of a tensor of the network, on the CPU."""
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """int8 codes and fp16 scales, groups along the last dimension."""
+
+
+class ModelWeights:
+    """Those of a model in memory."""
+
+    def __init__(self, model: MobileMoE) -> None:
+        self.shape = model.config
+        self._state, self._scales = dict(model.state_dict()), model.int4_scales
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name].detach().cpu()
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """Those of the int4 release that the model was loaded from, unless its values have changed since."""
+        weight, scales = self.read(name), self._scales.get(name)
+        codes = None if scales is None else codes_of(weight, scales)
+        return quantise(weight) if codes is None or scales is None else (codes, scales)
 
 
 def save_release(
@@ -44,11 +73,27 @@ def save_release(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     facts: Mapping[str, Any] | None = None,
 ) -> list[Path]:
+    """`write_release` of a model in memory.
+
+    One that was loaded from an int4 release and not changed since keeps that release's codes and scales.
+    """
+    return write_release(ModelWeights(model), path, format, tokenizer, max_shard_bytes, facts)
+
+
+def write_release(
+    weights: Weights,
+    path: str | Path,
+    format: str = "bf16",
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    facts: Mapping[str, Any] | None = None,
+    progress: Callable[[int], object] = lambda size: None,
+) -> list[Path]:
     """Write a release folder and return its weight files. The folder appears whole or not at all.
 
     `format` is "bf16" or "int4"; weights of more than `max_shard_bytes` become several files with an index. `facts` of
-    where the weights come from go into the model card (mm_train.model_card), single values into config.json too. A
-    model that was loaded from an int4 release and not changed since keeps that release's codes and scales.
+    where the weights come from go into the model card (mm_train.model_card), single values into config.json too.
+    Tensors are written one by one: never more than one is in memory. `progress` hears of the bytes of each.
     Raises UserError for another format, non-finite weights, a tokenizer with more tokens than the model, and where
     `path` holds anything but an earlier release of this project.
     """
@@ -56,12 +101,10 @@ def save_release(
         raise UserError(f"unknown release format {format!r}; it must be bf16 or int4")
     path = Path(path).resolve()
     if tokenizer is not None:
-        check_vocabulary(tokenizer, model.config)
+        check_vocabulary(tokenizer, weights.shape)
     with output_folder(path, _foreign, "the release") as folder:
-        try:
-            files = _write_folder(model, folder, format, tokenizer, max_shard_bytes, dict(facts or {}))
-        except SafetensorError as error:
-            raise UserError(f"cannot write the release to {path}: {error}") from None
+        files = _write_folder(weights, folder, format, tokenizer, max_shard_bytes, dict(facts or {}), progress)
+        write_sums(folder)
     return [path / file for file in files]
 
 
@@ -80,50 +123,53 @@ def _foreign(path: Path) -> Path | None:
 
 
 def _write_folder(
-    model: MobileMoE,
+    weights: Weights,
     folder: Path,
     format: str,
     tokenizer: Tokenizer | None,
     max_shard_bytes: int,
     facts: dict[str, Any],
+    progress: Callable[[int], object],
 ) -> list[str]:
     """Everything that a release holds; returns the names of the weight files."""
-    files = _write_weights(model, format, folder, max_shard_bytes)
+    files = _write_weights(weights, format, folder, max_shard_bytes, progress)
     single = {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
-    values = release_format.release_config(model.config, format, single) | {"auto_map": hf.AUTO_MAP}
+    values = release_format.release_config(weights.shape, format, single) | {"auto_map": hf.AUTO_MAP}
     if tokenizer is not None:
         ids = hf.generation_config(tokenizer.bos_id, tokenizer.stop_ids, tokenizer.pad_id)
         values |= {key: ids[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(folder / "generation_config.json", ids)
         tokenizer.save(folder)
     _write_json(folder / "config.json", values)
-    for file in files:
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors writes for its owner alone
     for code in hf.code_files():
         shutil.copyfile(code, folder / code.name)
     facts["weight_bytes"] = sum((folder / file).stat().st_size for file in files)
-    (folder / "README.md").write_text(model_card.render(model.config, format, facts), encoding="utf-8")
+    (folder / "README.md").write_text(model_card.render(weights.shape, format, facts), encoding="utf-8")
     return files
 
 
-def _write_weights(model: MobileMoE, format: str, folder: Path, max_shard_bytes: int) -> list[str]:
-    """Write the tensors, one file's worth in memory at a time; returns the names of the files."""
-    state = dict(model.state_dict())
-    shards = _split(stored_tensors(model.config, format), max_shard_bytes)
+def _write_weights(
+    weights: Weights, format: str, folder: Path, max_shard_bytes: int, progress: Callable[[int], object]
+) -> list[str]:
+    """Write the tensors; returns the names of the files."""
+    shards = _split(stored_tensors(weights.shape, format), max_shard_bytes)
     files: list[str] = []
     weight_map: dict[str, str] = {}
-    total = 0
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for source, stored in groupby(shard, key=lambda s: s.source):
-            tensors |= _encode(state[source], list(stored), model.int4_scales.get(source))
-        save_file(tensors, folder / file, metadata=METADATA)
+        head, places = file_layout(shard)
+        with (folder / file).open("wb") as out:
+            out.write(head)
+            for source, stored in groupby(shard, key=lambda s: s.source):
+                for name, tensor in _encode(weights, source, list(stored)).items():
+                    out.seek(places[name])
+                    out.write(memoryview(tensor.view(torch.uint8).flatten().numpy()))
+                    progress(tensor.nbytes)
         sync(folder / file)
         files.append(file)
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(stored.bytes for stored in shard)
+        weight_map |= dict.fromkeys(places, file)
     if len(files) > 1:
+        total = sum(stored.bytes for shard in shards for stored in shard)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return files
 
@@ -143,17 +189,14 @@ def _split(tensors: Iterable[Stored], max_bytes: int) -> list[list[Stored]]:
     return shards
 
 
-def _encode(tensor: Tensor, stored: list[Stored], scales: Tensor | None) -> dict[str, Tensor]:
-    """One tensor of the network as it is stored. `scales`: those of the int4 release that the network came from."""
+def _encode(weights: Weights, source: str, stored: list[Stored]) -> dict[str, Tensor]:
+    """One tensor of the network as it is stored."""
     if stored[0].role == "plain":
-        value = tensor.detach().to("cpu", DTYPES[stored[0].dtype]).contiguous()
+        value = weights.read(source).to(DTYPES[stored[0].dtype]).contiguous()
         if not torch.isfinite(value).all():
             raise UserError(f"tensor {stored[0].name} holds NaN or infinity: there is nothing to release")
         return {stored[0].name: value}
-    weight = tensor.detach().cpu()
-    codes = None if scales is None else codes_of(weight, scales)
-    if codes is None or scales is None:
-        codes, scales = quantise(weight)
+    codes, scales = weights.codes(source)
     values = {"codes": pack(codes), "scales": scales}
     return {s.name: values[s.role].contiguous() for s in stored}
 

@@ -5,7 +5,7 @@ Two formats: bf16, and mobilemoe-int4-g32 as in the published MobileMoE checkpoi
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,20 +92,29 @@ def readable_dtypes(stored: Stored) -> tuple[str, ...]:
     return (stored.dtype,)
 
 
-def file_bytes(model: config.Model, format: str) -> int:
-    """Exact length of the weights as one safetensors file: 8 bytes, the header padded to 8, the tensors.
+def file_layout(tensors: Iterable[Stored]) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file of these tensors starts with, and the offset in the file of each.
 
-    safetensors puts the widest dtypes first and orders those of one dtype by name.
+    As the library lays it out: 8 bytes, the header padded to 8, the widest dtypes first, those of one dtype by name.
     """
     order = ["F32", "BF16", "F16", "U8"]
-    tensors = sorted(stored_tensors(model, format), key=lambda t: (order.index(t.dtype), t.name))
     header: dict[str, Any] = {"__metadata__": METADATA}
+    places: dict[str, int] = {}
     end = 0
-    for tensor in tensors:
+    for tensor in sorted(tensors, key=lambda t: (order.index(t.dtype), t.name)):
         start, end = end, end + tensor.bytes
+        places[tensor.name] = start
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
-    length = len(json.dumps(header, separators=(",", ":")).encode())
-    return 8 + math.ceil(length / 8) * 8 + end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in places.items()}
+
+
+def file_bytes(model: config.Model, format: str) -> int:
+    """Exact length of the weights as one safetensors file."""
+    tensors = list(stored_tensors(model, format))
+    return len(file_layout(tensors)[0]) + sum(tensor.bytes for tensor in tensors)
 
 
 def release_config(model: config.Model, format: str, facts: dict[str, Any]) -> dict[str, Any]:

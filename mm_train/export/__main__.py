@@ -13,13 +13,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from mm_train import config
 from mm_train.checkpoint.folders import find
 from mm_train.checkpoint.format import open_checkpoint
 from mm_train.cli import UserError, command
 from mm_train.export.source import ExportSource
-from mm_train.model_folder import find_tokenizer, load_model
-from mm_train.release import save_release
+from mm_train.model_folder import find_tokenizer
+from mm_train.release import write_release
+from mm_train.release_format import stored_tensors
 from mm_train.run_facts import run_facts
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 
@@ -29,30 +32,36 @@ AFTER_TRAINING = (
 )
 
 
-def export(source: Path, out: Path, format: str, license: str | None = None) -> tuple[list[Path], str]:
-    """Write the newest checkpoint of `source` (a run or checkpoint folder) to `out`; `license` is that of the weights.
+def export(
+    path: Path, out: Path, format: str, license: str | None = None, requantise: bool = False
+) -> tuple[list[Path], ExportSource]:
+    """Write the newest checkpoint of `path` (a run or checkpoint folder) to `out`; `license` is that of the weights.
 
-    Returns the weight files and how its numbers came about.
+    Returns the weight files and what they were made of.
 
     From quantisation-aware training the int4 codes and scales are those that training computed with: the same
     function quantises the same float32 weights. From any other checkpoint it is post-training quantisation.
 
-    Raises UserError when there is no checkpoint, or when the experts were trained for another group axis.
+    Raises UserError when there is no checkpoint, and when the experts were trained for another group axis and
+    `requantise` is not set.
     """
-    folder = find(source)
+    folder = find(path)
     saved = open_checkpoint(folder)
     cfg = saved.run_config
-    if format == "int4" and cfg.quant.enabled and cfg.quant.expert_group_axis != "out":
+    if format == "int4" and cfg.quant.enabled and cfg.quant.expert_group_axis != "out" and not requantise:
         raise UserError(
-            f"{source} was trained with quant.expert_group_axis={cfg.quant.expert_group_axis}; the int4 release groups"
-            " experts along out, and quantising anew would cost accuracy: train with quant.expert_group_axis=out"
+            f"{path} was trained with quant.expert_group_axis={cfg.quant.expert_group_axis}; the int4 release groups"
+            " experts along out: train with quant.expert_group_axis=out, or accept the loss of quantising twice with"
+            " --requantise"
         )
-    tokenizer = load_tokenizer(find_tokenizer(source))
-    quantisation = how(cfg, format)
-    facts = {"stage": cfg.run.stage, "step": saved.step, "quantisation": quantisation}
+    tokenizer = load_tokenizer(find_tokenizer(path))
+    facts = {"stage": cfg.run.stage, "step": saved.step, "quantisation": how(cfg, format)}
     facts |= {"license": license} if license else {}
-    facts |= run_facts(source)
-    return save_release(load_model(folder), out, format, tokenizer, facts=facts), quantisation
+    facts |= run_facts(path)
+    source = ExportSource(folder)
+    total = sum(stored.bytes for stored in stored_tensors(source.shape, format))
+    with tqdm(desc=out.name, total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        return write_release(source, out, format, tokenizer, facts=facts, progress=bar.update), source
 
 
 def how(cfg: config.Config, format: str) -> str:
@@ -62,26 +71,31 @@ def how(cfg: config.Config, format: str) -> str:
     return QUANTISATION_AWARE if cfg.quant.enabled else POST_TRAINING
 
 
-def to_gguf(source: ExportSource, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Write a model as GGUF, and say what came of it. Raises UserError."""
-    from mm_train.gguf.export import MODEL, export_gguf, llama_cpp_flags
+def to_gguf(source: ExportSource, tokenizer: Tokenizer, args: argparse.Namespace) -> Path:
+    """Write a model as GGUF; returns the file. Raises UserError."""
+    from mm_train.gguf.export import export_gguf, llama_cpp_flags
 
     facts = {"name": source.shape.name} | ({"license": args.license} if args.license else {})
-    started = time.perf_counter()
-    written = export_gguf(source, tokenizer, args.out, facts, args.requantise, args.float32)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    seconds = time.perf_counter() - started
-    print(f"GGUF: {args.out / MODEL} ({written.bytes:,} bytes) in {seconds:.0f} s, at most {peak:.2f} GiB of memory")
+    file = export_gguf(source, tokenizer, args.out, facts, args.requantise, args.float32)
     if flags := llama_cpp_flags(source.shape):
         print(f"IMPORTANT: run it with {flags}, or its output is silently wrong (see {args.out / 'README.md'})")
-    if written.errors:
-        worst = max(written.errors, key=written.errors.__getitem__)
-        mean = sum(written.errors.values()) / len(written.errors)
+    return file
+
+
+def report(files: list[Path], source: ExportSource, args: argparse.Namespace, seconds: float) -> None:
+    """Say what was written, and what it cost."""
+    size = sum(file.stat().st_size for file in files)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    kind = "GGUF" if args.format == "gguf" else f"{args.format} release"
+    print(f"{kind}: {', '.join(map(str, files))} ({size:,} bytes), {seconds:.0f} s, at most {peak:.2f} GiB of memory")
+    if source.errors:
+        worst = max(source.errors, key=source.errors.__getitem__)
+        mean = sum(source.errors.values()) / len(source.errors)
         print(
             f"note: the experts were quantised a second time, along another axis: relative error {mean:.3f} on average,"
-            f" {written.errors[worst]:.3f} at most ({worst})"
+            f" {source.errors[worst]:.3f} at most ({worst})"
         )
-    elif source.expert_axis is None and not args.float32:
+    elif source.expert_axis is None and args.format != "bf16" and not args.float32:
         print(AFTER_TRAINING)
 
 
@@ -106,28 +120,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", default="int4", choices=("int4", "bf16", "gguf"), help="default: %(default)s")
     parser.add_argument("--license", help="of the weights, as the model card shall name it, e.g. apache-2.0")
     parser.add_argument(
-        "--requantise", action="store_true", help="gguf: quantise experts anew whose groups lie along another axis"
+        "--requantise", action="store_true", help="quantise experts anew whose groups lie along another axis"
     )
     parser.add_argument(
         "--tokenizer", help='gguf: folder or "llama3" (default: the run\'s own; llama3 with random weights)'
     )
     parser.add_argument("--float32", action="store_true", help="gguf: do not quantise at all, to compare runtimes")
     args = parser.parse_args(argv)
+    started = time.perf_counter()
     if args.format == "gguf":
         if args.random_weights:
-            to_gguf(ExportSource.random(args.random_weights), load_tokenizer(args.tokenizer or "llama3"), args)
+            source, tokenizer = ExportSource.random(args.random_weights), args.tokenizer or "llama3"
         else:
             source = ExportSource(args.checkpoint)
-            to_gguf(source, load_tokenizer(args.tokenizer or find_tokenizer(args.checkpoint)), args)
-        return 0
-    for flag in ("requantise", "float32", "random_weights", "tokenizer"):
-        if getattr(args, flag):
-            raise UserError(f"--{flag.replace('_', '-')} is for --format gguf, not {args.format}")
-    files, quantisation = export(args.checkpoint, args.out, args.format, args.license)
-    size = sum(file.stat().st_size for file in files)
-    print(f"{args.format} release: {', '.join(map(str, files))} ({size:,} bytes)")
-    if quantisation == POST_TRAINING:
-        print(AFTER_TRAINING)
+            tokenizer = args.tokenizer or find_tokenizer(args.checkpoint)
+        files = [to_gguf(source, load_tokenizer(tokenizer), args)]
+    else:
+        for flag in ("float32", "random_weights", "tokenizer"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag.replace('_', '-')} is for --format gguf, not {args.format}")
+        files, source = export(args.checkpoint, args.out, args.format, args.license, args.requantise)
+    report(files, source, args, time.perf_counter() - started)
     return 0
 
 

@@ -1,7 +1,6 @@
 """Weights of a release, run or checkpoint folder as an export wants them: one tensor at a time, int4 or floats."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,25 +16,19 @@ from mm_train.sharding import ALONE, local_boxes
 from mm_train.weights import initial
 
 
-class Int4(NamedTuple):
-    """A tensor on the int4 grid, groups along its last or last but one dimension."""
-
-    codes: Tensor  # int8
-    scales: Tensor  # float16
-    error: (
-        float | None
-    )  # of quantising what was on another grid before, relative; None: these codes are the trained ones
-
-
 class ExportSource:
-    """An opened folder. `expert_axis` says along what the experts' groups were trained: "out", "in", or None where
-    nothing was trained for int4."""
+    """An opened folder.
+
+    `expert_axis` says along what the experts' groups were trained: "out", "in", or None where nothing was trained for
+    int4. `errors` collects what asking for groups along another axis has cost: relative error by tensor.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises UserError when the folder holds no model, or a damaged one."""
         if not is_folder(path):
             raise UserError(f"model folder not found: {path}")
         self.path = path
+        self.errors: dict[str, float] = {}
         self._release: Release | None = None
         self.expert_axis: str | None = None
         if is_file(path / "config.json"):
@@ -53,7 +46,7 @@ class ExportSource:
     def random(cls, path: Path, seed: int = 0) -> "ExportSource":
         """Fresh weights of a model file, to measure speed and size with. Raises UserError for one that cannot be."""
         source = cls.__new__(cls)
-        source.path, source._release, source.expert_axis = path, None, None
+        source.path, source.errors, source._release, source.expert_axis = path, {}, None, None
         source.shape = config.load([path], check=lambda cfg: validate_model(cfg.model)).model
         fresh, boxes = initial(source.shape, seed), {entry.name: box for entry, box in local_boxes(source.shape, ALONE)}
         source._read = lambda name: fresh(name, boxes[name])
@@ -67,18 +60,23 @@ class ExportSource:
         """Is a tensor of an int4 release on the grid?"""
         return self._release is not None and "codes" in self._release.stored[name]
 
-    def int4(self, name: str, axis: int, is_expert: bool) -> Int4:
-        """A tensor with groups along `axis` (-1 or -2).
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """`int4` as a release wants it: groups along the last dimension."""
+        return self.int4(name, -1)
 
-        Codes and scales of an int4 release are passed on untouched; those of quantisation-aware training are what it
-        computed with, by the same function of the same float32 values.
+    def int4(self, name: str, axis: int) -> tuple[Tensor, Tensor]:
+        """int8 codes and fp16 scales of a tensor, groups along `axis` (-1 or -2).
+
+        Those of an int4 release are passed on untouched; those of quantisation-aware training are what it computed
+        with, by the same function of the same float32 values.
         """
-        trained_axis = -2 if is_expert and self.expert_axis == "in" else -1
+        trained_axis = -2 if ".experts." in name and self.expert_axis == "in" else -1
         if self._release is not None and self._release.int4 and axis == trained_axis:
-            return Int4(*self._release.codes(name), None)
+            return self._release.codes(name)
         values = self.read(name)
         if self.expert_axis is None or axis == trained_axis:
-            return Int4(*quantise(values, axis), None)
+            return quantise(values, axis)
         on_grid = dequantise(*quantise(values, trained_axis), trained_axis)
         codes, scales = quantise(on_grid, axis)
-        return Int4(codes, scales, float((dequantise(codes, scales, axis) - on_grid).norm() / on_grid.norm()))
+        self.errors[name] = float((dequantise(codes, scales, axis) - on_grid).norm() / on_grid.norm())
+        return codes, scales

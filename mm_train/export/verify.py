@@ -70,8 +70,8 @@ def compare_codes(artefact: Path, source: ExportSource) -> dict[str, Any]:
     """
     equal, differ = 0, []
     for name, codes, scales, axis in stored_int4(artefact, source):
-        expected = source.int4(name, axis, ".experts." in name)
-        if torch.equal(codes, expected.codes) and torch.equal(scales, expected.scales):
+        expected = source.int4(name, axis)
+        if torch.equal(codes, expected[0]) and torch.equal(scales, expected[1]):
             equal += 1
         else:
             differ.append(name)
@@ -90,7 +90,7 @@ def stored_int4(artefact: Path, source: ExportSource) -> Iterator[tuple[str, tor
         return  # bf16
     for entry in inventory.tensors(source.shape):
         if stored.is_int4(entry.name):
-            yield (entry.name, *stored.int4(entry.name, -1, ".experts." in entry.name)[:2], -1)
+            yield (entry.name, *stored.codes(entry.name), -1)
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, source: ExportSource) -> list[list[int]]:

@@ -10,7 +10,7 @@ from mm_train import config
 from mm_train.cli import UserError
 from mm_train.export.source import ExportSource
 from mm_train.gguf import layout
-from mm_train.gguf.write import Written, write
+from mm_train.gguf.write import write
 from mm_train.output_folder import SUMS, output_folder, write_sums
 from mm_train.tokenizer import Tokenizer, check_vocabulary
 
@@ -25,8 +25,8 @@ def export_gguf(
     facts: Mapping[str, str],
     requantise: bool = False,
     as_float32: bool = False,
-) -> Written:
-    """Write the folder `out`; `facts` become keys "general.*" of the file.
+) -> Path:
+    """Write the folder `out` and return its model file; `facts` become keys "general.*" of it.
 
     Raises UserError when the experts' groups lie along another axis than a device's and `requantise` is not set, for
     a network that llama.cpp has not, and where `out` cannot be written or holds what this project did not write.
@@ -42,10 +42,10 @@ def export_gguf(
         output_folder(out, _foreign, "the GGUF folder") as folder,
         tqdm(desc=MODEL, total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
     ):
-        written = write(folder / MODEL, source, tokenizer, dict(facts), as_float32=as_float32, progress=bar.update)
+        write(folder / MODEL, source, tokenizer, dict(facts), as_float32=as_float32, progress=bar.update)
         (folder / CARD).write_text(card(source.shape), encoding="utf-8")
         write_sums(folder)
-    return written
+    return out / MODEL
 
 
 def _foreign(path: Path) -> Path | None:

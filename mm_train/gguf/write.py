@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ QUANTISATION_VERSION = 2
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's token types
 
 
-@dataclass
-class Written:
-    """What came of it."""
-
-    bytes: int
-    errors: dict[str, float] = field(default_factory=dict)  # relative, of tensors that had to change their grid
-
-
 def write(
     path: Path,
     source: ExportSource,
@@ -38,7 +29,7 @@ def write(
     *,
     as_float32: bool = False,
     progress: Callable[[int], object] = lambda size: None,
-) -> Written:
+) -> None:
     """Write `path`; `facts` go under "general.". `progress` is called with the bytes of each tensor written.
 
     Raises UserError for a network that llama.cpp has not, and without the package gguf; OSError where it cannot write.
@@ -68,14 +59,11 @@ def write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        written = Written(0)
         for tensor in tensors:
-            writer.write_tensor_data(_encode(tensor, source, written))
+            writer.write_tensor_data(_encode(tensor, source))
             progress(tensor.bytes)
     finally:
         writer.close()
-    written.bytes = path.stat().st_size
-    return written
 
 
 def _library() -> Any:
@@ -92,20 +80,17 @@ def _add(writer: Any, key: str, value: int | float | bool | str) -> None:
     kinds[type(value)](key, value)
 
 
-def _encode(tensor: Tensor, source: ExportSource, written: Written) -> np.ndarray:
+def _encode(tensor: Tensor, source: ExportSource) -> np.ndarray:
     """A tensor's bytes as numpy has them."""
     if not tensor.source:
         return np.ones(tensor.shape, np.float32)
-    is_expert = tensor.view == "experts"
     if not tensor.quantised:
         values = source.read(tensor.source)
         if not torch.isfinite(values).all():
             raise UserError(f"tensor {tensor.source} holds NaN or infinity: there is nothing to export")
         return _viewed(values, tensor, source.shape).contiguous().numpy()
-    int4 = source.int4(tensor.source, -2 if is_expert else -1, is_expert)
-    if int4.error is not None:
-        written.errors[tensor.source] = int4.error
-    codes, scales = (_viewed(part, tensor, source.shape) for part in (int4.codes, int4.scales))
+    int4 = source.int4(tensor.source, -2 if tensor.view == "experts" else -1)
+    codes, scales = (_viewed(part, tensor, source.shape) for part in int4)
     return blocks(codes, scales)
 
 

@@ -212,7 +212,7 @@ def test_a_failure_leaves_the_release_that_was_there(model, tmp_path, monkeypatc
     def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
-    for module, name in ((output_folder, "publish"), (release, "save_file")):
+    for module, name in ((output_folder, "publish"), (release, "sync")):
         monkeypatch.setattr(module, name, fail)
         with pytest.raises(UserError, match=r"cannot write the release to .*: No space left on device"):
             save_release(model, tmp_path / "out", "bf16")

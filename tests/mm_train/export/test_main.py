@@ -62,6 +62,8 @@ def test_experts_trained_for_another_axis_are_refused(run, tmp_path, capsys):
     assert main(["--checkpoint", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "quant.expert_group_axis=in" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert main(["--checkpoint", str(folder), "--out", str(tmp_path / "out"), "--requantise"]) == 0
+    assert "quantised a second time, along another axis: relative error 0.0" in capsys.readouterr().out
 
 
 def test_nothing_to_export_and_nowhere_to_write(run, tmp_path, capsys):

@@ -133,7 +133,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeyp
     refused("model folder not found", "--checkpoint", str(tmp_path / "none"), *form)
     (tmp_path / "empty").mkdir()
     refused("no checkpoint in", "--checkpoint", str(tmp_path / "empty"), *form)
-    refused("--requantise is for --format gguf, not int4", "--checkpoint", str(folder), "--requantise")
+    refused("--float32 is for --format gguf, not int4", "--checkpoint", str(folder), "--float32")
     refused("config file not found", "--random-weights", str(tmp_path / "none.yaml"), *form)
     refused("no tokenizer at", "--checkpoint", str(folder), "--tokenizer", str(tmp_path / "empty"), *form)
     bare = tmp_path / "bare"
