@@ -163,7 +163,7 @@ def _write_weights(
             for source, stored in groupby(shard, key=lambda s: s.source):
                 for name, tensor in _encode(weights, source, list(stored)).items():
                     out.seek(places[name])
-                    out.write(memoryview(tensor.view(torch.uint8).flatten().numpy()))
+                    out.write(tensor.view(torch.uint8).flatten().numpy().data)
                     progress(tensor.nbytes)
         sync(folder / file)
         files.append(file)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mm_train import config
@@ -14,6 +15,8 @@ from mm_train.release import Release
 from mm_train.rules import validate_model
 from mm_train.sharding import ALONE, local_boxes
 from mm_train.weights import initial
+
+SLICE = 1 << 24  # elements that are quantised at a time
 
 
 class ExportSource:
@@ -75,8 +78,15 @@ class ExportSource:
             return self._release.codes(name)
         values = self.read(name)
         if self.expert_axis is None or axis == trained_axis:
-            return quantise(values, axis)
+            return _quantise(values, axis)
         on_grid = dequantise(*quantise(values, trained_axis), trained_axis)
         codes, scales = quantise(on_grid, axis)
         self.errors[name] = float((dequantise(codes, scales, axis) - on_grid).norm() / on_grid.norm())
         return codes, scales
+
+
+def _quantise(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """mm_train.quant.quantise of a large tensor, a few rows or experts at a time: it needs three times its input."""
+    rows = max(1, SLICE * values.shape[0] // max(values.numel(), 1))
+    parts = [quantise(part, axis) for part in values.split(rows)]
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
