@@ -14,7 +14,8 @@ def blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
     """int8 codes [..., n] and fp16 scales [..., n / 32] -> uint8 [..., n / 32 * 18], value for value."""
     grouped = (codes.view(torch.uint8) + 8).unflatten(-1, (-1, BLOCK))  # modulo 256: -8 becomes 0
     both = grouped[..., : BLOCK // 2] | (grouped[..., BLOCK // 2 :] << 4)
-    heads = scales.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+    # a copy in order: a dimension of length 1 may have any stride, and `view` minds
+    heads = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).unflatten(-1, (-1, 2))
     return torch.cat([heads, both], dim=-1).flatten(-2).numpy()
 
 
