@@ -55,6 +55,6 @@ def initial(shape: config.Model, seed: int) -> Source:
         if "o_proj" in name or "down_proj" in name:
             std /= math.sqrt(2 * shape.num_hidden_layers)
         generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
-        return torch.randn(shapes[name], generator=generator)[box.slices] * std
+        return torch.randn(shapes[name], generator=generator)[box.slices].mul_(std)
 
     return read
