@@ -22,7 +22,7 @@ from mm_train.data import Batch, Loader
 from mm_train.engine import set_learning_rate
 from mm_train.inventory import parameters
 from mm_train.metrics import Metrics
-from mm_train.optim import adamw, learning_rate, parameter_groups
+from mm_train.optim import learning_rate
 from mm_train.parallel.assemble import assemble
 from mm_train.parallel.engine import build_engine
 from mm_train.parallel.groups import init_groups
@@ -102,7 +102,12 @@ class TransformersTraining:
         self.cfg = cfg
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = glm4_moe(cfg.model, experts).to(self.device).train()
-        self.optimizer = adamw(parameter_groups(self.model, cfg.optim), cfg.optim)
+        parameters, decay = list(self.model.parameters()), cfg.optim.weight_decay
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps, fused=True)
         self.loader = rows_of(cfg)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.steps = 0

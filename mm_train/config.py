@@ -9,6 +9,7 @@ names. `model` uses the key names of the released checkpoints' config.json, so o
 
 import contextlib
 import difflib
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -97,16 +98,28 @@ class Train:
 
 @dataclass
 class Optim:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule. What moves which part of the network is in mm_train/optim_groups.py."""
 
+    name: str = "adamw"  # adamw | muon: Muon for the matrices of attention, MLPs and experts, AdamW for the rest
     lr: float = 4e-4
     min_lr_ratio: float = 0.1  # last learning rate over the peak
-    schedule: str = "cosine"  # cosine | linear | constant, after a linear warm-up
+    schedule: str = "cosine"  # cosine | linear | constant | wsd, after a linear warm-up
     warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.95)
+    decay_fraction: float = 0.2  # wsd (warm-up, stable, decay): of the steps, those at the end in which the rate falls
+    decay_steps: int = 0  # wsd: the same as a number of steps; 0: decay_fraction says it
+    decay_shape: str = "1-sqrt"  # wsd: 1-sqrt | linear
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
     eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices only
+    weight_decay: float = 0.1
+    no_decay: list[str] = field(default_factory=lambda: ["norms"])  # parts of the network without weight decay
+    momentum: float = 0.95  # Muon's
+    muon_adjust_lr: str = "match_rms_adamw"  # match_rms_adamw: updates as large as AdamW's | original: Jordan's scale
+    muon_lr_ratio: float = 1.0  # learning rate of Muon's matrices over lr
     clip_grad_norm: float = 1.0  # 0: off
+
+    def decay_from(self, total_steps: int) -> int:
+        """First step (0-based) of wsd's decay: what comes before does not depend on how long the stage is."""
+        return total_steps - (self.decay_steps or math.ceil(self.decay_fraction * total_steps))
 
 
 @dataclass
@@ -177,7 +190,11 @@ class Run:
 
 @dataclass
 class Config:
-    """One training run. `init_from` starts a new stage from weights only; resuming is automatic and separate."""
+    """One training run. Resuming is automatic.
+
+    A new run may begin with the weights of another (`init_from`: a new stage), or with everything that a checkpoint of
+    another holds (`resume_from`: the same stage, say with more tokens).
+    """
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -192,11 +209,17 @@ class Config:
     log: Log = field(default_factory=Log)
     run: Run = field(default_factory=Run)
     init_from: str | None = None  # run, checkpoint or release folder
+    resume_from: str | None = None  # run or checkpoint folder; once run.dir has checkpoints of its own, those count
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the stage: the token budget over the global batch, rounded up."""
         return -(-self.train.tokens // self.train.global_batch_tokens)
+
+    @property
+    def decay_from(self) -> int | None:
+        """Steps before the decay of a wsd schedule; None for other schedules."""
+        return self.optim.decay_from(self.total_steps) if self.optim.schedule == "wsd" else None
 
     def micro_steps(self, world: int) -> int:
         """Micro-batches that each of `world` ranks runs per optimizer step.

@@ -59,6 +59,7 @@ class Layout:
     deepspeed: bool = False  # False: plain PyTorch on one process
     tensor_parallel: int = 1
     recompute: bool = False  # a layer keeps its input only (train.recompute=layer)
+    muon: bool = False  # optim.name=muon
 
     @property
     def tokens(self) -> int:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mm_train import costs, data_plan, inventory, memory
+from mm_train import costs, data_plan, inventory, memory, optim_groups
 from mm_train.cli import UserError, command
 from mm_train.costs import GPUS
 from mm_train.describe_layouts import layouts, recommendation
@@ -138,6 +138,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "capacity_factor": layout.capacity_factor,
             "quantisation_aware": layout.quantised,
         },
+        "optimizer_groups": optim_groups.table(model, plan.cfg.optim),
         "gpu": {"name": gpu.name, "tflops": gpu.tflops, "memory_gib": gpu.memory_gib, "source": gpu.sheet},
         "memory_gib": used,
         "fits": plan.fits(used["total"]),

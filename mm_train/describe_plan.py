@@ -173,6 +173,7 @@ def _layout(cfg: config.Config, gpus: int, batch_is_given: bool) -> Layout:
         deepspeed=gpus > 1 or engine == "deepspeed",
         tensor_parallel=tp,
         recompute=cfg.train.recompute == "layer",
+        muon=cfg.optim.name == "muon",
     )
 
 

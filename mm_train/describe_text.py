@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mm_train import optim_groups
 from mm_train.costs import SECONDS_PER_DAY
 from mm_train.data_plan import SourcePlan, lines
 from mm_train.describe_layouts import KEYS
@@ -13,7 +14,7 @@ GIB, MIB = 2**30, 2**20
 MEMORY = {  # parts of memory.memory_bytes, for people
     "weights": "weights, float32",
     "master_weights": "master copy of this GPU's part, float32",
-    "moments": "AdamW's two moments, float32",
+    "moments": "moments of the optimizer, float32",
     "gradients": "gradients, float32",
     "activations": "activations saved for the backward pass",
     "weight_copies": "{dtype} copies of the weights, kept for the backward pass",
@@ -156,6 +157,8 @@ def _memory(facts: dict[str, Any]) -> Iterable[str]:
         f" {layout['micro_steps']:,} of them a step, global batch {layout['global_batch_tokens']:,} tokens;"
         f" {layout['activation_dtype']} activations" + (", quantisation-aware" if layout["quantisation_aware"] else "")
     )
+    for line in optim_groups.lines(facts["optimizer_groups"]):
+        yield f"  {line}"
     yield ""
     yield "Memory of one GPU (estimate)"
     parts = facts["memory_gib"]

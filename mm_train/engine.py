@@ -6,13 +6,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mm_train import config
+from mm_train import config, inventory
 from mm_train.data import Batch
 from mm_train.inventory import KINDS
 from mm_train.model import Losses, MobileMoE
-from mm_train.optim import adamw, parameter_groups
+from mm_train.muon import MuonAdamW, Whole, matrices_of
+from mm_train.optim import make_optimizer, parameter_groups
+from mm_train.optim_groups import group_of
+from mm_train.sharding import ALONE, Place
 
-MOMENTS = KINDS[1:]
 ReadRange = Callable[[str, int, int], Tensor]  # kind, start, stop -> those elements of the local tensor, 1-D float32
 
 
@@ -43,7 +45,7 @@ class Engine(Protocol):
         ...
 
     def state(self, fragment: Fragment) -> dict[str, Tensor]:
-        """KINDS -> the fragment's float32 master weights and moments: live 1-D views, not copies."""
+        """Its KINDS (mm_train.optim_groups) -> float32 master weights and moments: live 1-D views, not copies."""
         ...
 
     def gradient(self, fragment: Fragment) -> Tensor | None:
@@ -78,11 +80,20 @@ class WholeState:
     """Weights, gradients and moments whole on this rank: those of `parameters`, in `adam`."""
 
     parameters: dict[str, nn.Parameter]
-    adam: torch.optim.Optimizer
+    adam: torch.optim.AdamW
+
+    def lay_out_matrices(self, model: MobileMoE, optim: config.Optim, place: Place) -> None:
+        """Tell Muon, if it is in use, what the parameters are made of."""
+        if isinstance(self.adam, MuonAdamW):
+            for entry in inventory.tensors(model.config):
+                if group_of(entry.part, optim).algorithm == "muon":
+                    parameter, matrices = self.parameters[entry.name], matrices_of(entry, place, optim)
+                    self.adam.lay_out(parameter, [Whole(0, parameter.numel() // matrices.size, matrices)])
 
     def state(self, fragment: Fragment) -> dict[str, Tensor]:
         parameter = self.parameters[fragment.name]
-        tensors = {"weight": parameter.detach()} | {key: self.adam.state[parameter][key] for key in MOMENTS}
+        state = self.adam.state[parameter]
+        tensors = {"weight": parameter.detach()} | {key: state[key] for key in KINDS[1:] if key in state}
         return {kind: tensor.view(-1)[fragment.start : fragment.stop] for kind, tensor in tensors.items()}
 
     def gradient(self, fragment: Fragment) -> Tensor | None:
@@ -100,15 +111,16 @@ class WholeState:
 
 
 class PlainEngine(WholeState):
-    """Gradients accumulate in .grad, torch's AdamW steps."""
+    """Gradients accumulate in .grad, torch's optimizer steps."""
 
     loss_scale = 1.0
 
     def __init__(self, model: MobileMoE, optim: config.Optim) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters())
-        self.adam = adamw(parameter_groups(model, optim), optim)
+        self.adam = make_optimizer(parameter_groups(model, optim), optim, model.compute_dtype)
         materialise_moments(self.adam)
+        self.lay_out_matrices(model, optim, ALONE)
 
     def forward(self, batch: Batch) -> Losses:
         return self.model(batch.tokens_BT, batch.labels_BT, batch.document_BT, batch.lengths)
@@ -132,22 +144,24 @@ class PlainEngine(WholeState):
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Same rate for every group."""
+    """Same rate for every group, but for the ratio that the config wants for Muon's."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
 def materialise_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Create AdamW's state (zeros, step 0) now, as its first step would: a checkpoint can then be loaded into it."""
+    """Create the optimizer's state now, as its first step would (zeros): a checkpoint can then be loaded into it."""
     for group in optimizer.param_groups:
+        muon = group["algorithm"] == "muon"
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),  # where a fused AdamW wants it
-                **{key: torch.zeros_like(parameter) for key in MOMENTS},
-            }
+            moments = {key: torch.zeros_like(parameter) for key in (KINDS[1:2] if muon else KINDS[1:])}
+            # AdamW's count of steps, where a fused one wants it
+            step = {} if muon else {"step": torch.zeros((), device=parameter.device)}
+            optimizer.state[parameter] = step | moments
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Steps that the moments have seen: AdamW's bias correction depends on it."""
     for state in optimizer.state.values():
-        state["step"].fill_(step)
+        if "step" in state:
+            state["step"].fill_(step)

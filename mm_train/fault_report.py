@@ -10,7 +10,6 @@ from typing import Any
 
 from mm_train.checkpoint.folders import complete, step_of
 from mm_train.fault_run import Blow, Timing
-from mm_train.inventory import is_buffer
 from mm_train.log_lines import clock
 
 KINDS = ("train", "validation", "skipped")  # records that say what the training did
@@ -95,7 +94,7 @@ def compare_checkpoints(reference: Path, broken: Path) -> list[str]:
     want, found = (Reader(folder).verify() for folder in folders if folder)
     problems = []
     for name in want.names():
-        for kind in want.kinds if not is_buffer(name) else want.kinds[:1]:
+        for kind in want.kinds_of[name]:
             a, b = (reader.read(name, kind).view(torch.int32) for reader in (want, found))
             if not torch.equal(a, b):
                 problems.append(f"{kind} of {name}: {int((a != b).sum())} of {a.numel()} elements differ")

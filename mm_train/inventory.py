@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mm_train.config import Model
+from mm_train.rules import PARTS  # in the order in which they are shown
 
-# Parts in the order in which they are shown.
-PARTS = ("embedding", "attention", "router", "routed experts", "shared expert", "mlp", "norms")
-KINDS = ("weight", "exp_avg", "exp_avg_sq")  # of tensors that training owns for each parameter: AdamW's
+# Of tensors that training owns for each parameter: AdamW's. Muon's matrices have no second moment.
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 class Entry(NamedTuple):

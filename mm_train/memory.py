@@ -5,14 +5,18 @@ engine.py and DeepSpeed 0.19.8 for weights, gradients and optimizer state. No we
 Axes as in costs.py; R rows of the experts, F width of a routed expert, S of the shared one or a dense network's MLP.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mm_train.config import Model
 from mm_train.costs import FLOAT, Layout, held
+from mm_train.inventory import Entry
+from mm_train.optim_groups import MUON_PARTS
 from mm_train.sharding import Box
 
 CHUNK_ROWS = 1024  # of kernels.cross_entropy, which needs torch; a test compares them
+MUON_CHUNK = 1 << 25  # muon.CHUNK, likewise
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, which mm_train.parallel leaves as it is
 MAX_EXPERT_GROUP = 178_956_971  # elements: DeepSpeed splits experts into parameter groups of at most this size
 ALIGNMENT = 2  # DeepSpeed pads a parameter group to a multiple of this times its ranks
@@ -125,34 +129,50 @@ class Shares:
     parameters: int  # with a gradient
     partition: int  # of them it updates: its part of DeepSpeed's flat parameter groups
     touched: int  # at most: size of all tensors that its part touches, whose gradients DeepSpeed keeps whole
+    muon: int = 0  # of the partition, those that Muon moves: they have one moment
 
 
 def shares(model: Model, layout: Layout) -> Shares:
     """How parameters are spread over the GPUs. ZeRO cuts each parameter group into equal parts."""
     rest, experts = _trained(model, layout)
-    sizes = [box.size for box in experts]
     groups = [
-        ([box.size for box in rest if len(box.shape) >= 2], layout.data_parallel),
-        ([box.size for box in rest if len(box.shape) < 2], layout.data_parallel),
-        *((group, layout.expert_data_parallel) for group in _split(sizes, MAX_EXPERT_GROUP)),
+        ([box.size for box in group], layout.data_parallel, muon)
+        for muon, group in (
+            (False, [box for entry, box in rest if not _by_muon(entry, layout) and len(box.shape) >= 2]),
+            (False, [box for entry, box in rest if not _by_muon(entry, layout) and len(box.shape) < 2]),
+            (True, [box for entry, box in rest if _by_muon(entry, layout)]),
+        )
     ]
+    sizes = [box.size for _, box in experts]
+    groups += [(group, layout.expert_data_parallel, layout.muon) for group in _split(sizes, MAX_EXPERT_GROUP)]
     if not layout.zero:
-        whole = sum(sum(sizes) for sizes, _ in groups)
-        return Shares(whole, whole, whole)
-    parts = [_partition(sizes, ranks) for sizes, ranks in groups]
-    parameters = sum(part * ranks for (part, _), (_, ranks) in zip(parts, groups, strict=True))
-    return Shares(parameters, sum(part for part, _ in parts), sum(touched for _, touched in parts))
+        whole = sum(sum(sizes) for sizes, _, _ in groups)
+        return Shares(whole, whole, whole, sum(sum(sizes) for sizes, _, muon in groups if muon))
+    parts = [(*_partition(sizes, ranks), ranks, muon) for sizes, ranks, muon in groups]
+    return Shares(
+        parameters=sum(part * ranks for part, _, ranks, _ in parts),
+        partition=sum(part for part, _, _, _ in parts),
+        touched=sum(touched for _, touched, _, _ in parts),
+        muon=sum(part for part, _, _, muon in parts if muon),
+    )
 
 
-def _trained(model: Model, layout: Layout) -> tuple[list[Box], list[Box]]:
+def _by_muon(entry: Entry, layout: Layout) -> bool:
+    return layout.muon and entry.part in MUON_PARTS
+
+
+Held = list[tuple[Entry, Box]]
+
+
+def _trained(model: Model, layout: Layout) -> tuple[Held, Held]:
     """What one GPU holds of the tensors with a gradient: (ordinary ones, experts that others hold other ones of).
 
     With every expert everywhere, experts are ordinary parameters.
     """
-    found: tuple[list[Box], list[Box]] = ([], [])
+    found: tuple[Held, Held] = ([], [])
     before, layer, after = held(model, layout.place)
     for entry, box in before + layer * model.num_hidden_layers + after:
-        found[layout.expert_parallel > 1 and entry.part == "routed experts"].append(box)
+        found[layout.expert_parallel > 1 and entry.part == "routed experts"].append((entry, box))
     return found
 
 
@@ -161,7 +181,7 @@ def _largest_bucket(model: Model, layout: Layout) -> int:
     most = 0
     for boxes in _trained(model, layout):
         bucket = 0
-        for box in boxes:
+        for _, box in boxes:
             bucket += box.size
             most = max(most, bucket)
             if bucket > REDUCE_BUCKET:
@@ -207,7 +227,8 @@ def memory_bytes(model: Model, layout: Layout) -> dict[str, int]:
     through copies, bucket by bucket. ZeRO 1: weights and gradients whole, a float32 master copy of this GPU's part
     although the weights are float32 already, and moments of that part. ZeRO 2: gradients of that part only, and those
     of a micro-step beside the sum of the ones before. "Part" is over the data-parallel GPUs for the dense parameters,
-    and over those with the same experts.
+    and over those with the same experts. Muon keeps one moment of the matrices that it moves, and takes working memory
+    in the optimizer step.
     """
     own = shares(model, layout)
     zero = layout.zero
@@ -226,6 +247,7 @@ def memory_bytes(model: Model, layout: Layout) -> dict[str, int]:
         gradients = FLOAT * own.touched * min(2, layout.micro_steps)
         buckets = FLOAT * REDUCE_BUCKET + bucketed
         step = FLOAT * (own.touched + own.partition)
+    step += _orthogonalising(model, layout)
     loss, backward = _loss_buffers(model, layout), _backward_buffers(model, layout)
     if layout.recompute:
         backward += _recomputed(model, layout)
@@ -239,12 +261,30 @@ def memory_bytes(model: Model, layout: Layout) -> dict[str, int]:
     parts = {
         "weights": FLOAT * own.parameters + biases,
         "master_weights": FLOAT * own.partition if zero else 0,
-        "moments": 2 * FLOAT * own.partition,
+        "moments": FLOAT * (2 * own.partition - own.muon),
         **passes,
         "optimizer_step": max(0, step - sum(passes.values())),
         "cuda_context": int(GIB * (CUDA_CONTEXT_GIB + (NCCL_GIB if layout.gpus > 1 else 0))),
     }
     return parts | {"total": sum(parts.values())}
+
+
+def _orthogonalising(model: Model, layout: Layout) -> int:
+    """Peak inside muon.MuonAdamW: matrices of one tensor at a time, at most MUON_CHUNK elements.
+
+    Their momentum in float32, twice as a blocks' copy is made; in the activations' dtype before and after an iteration,
+    and the products of their shorter sides, which are at most as large.
+    """
+    matrices = [
+        (box.size * (layout.tensor_parallel if entry.part != "routed experts" else 1), entry.shape[-2:])
+        for entry, box in held(model, layout.place).layer
+        if _by_muon(entry, layout)
+    ]
+    if not matrices:
+        return 0
+    size = layout.activation_bytes
+    largest = max(min(total, max(MUON_CHUNK, math.prod(shape))) for total, shape in matrices)
+    return largest * (2 * FLOAT + 3 * size)
 
 
 def _recomputed(model: Model, layout: Layout) -> int:

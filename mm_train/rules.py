@@ -16,7 +16,10 @@ CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "train.recompute": ("none", "layer"),
     "data.on_change": ("refuse", "continue"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.name": ("adamw", "muon"),
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
+    "optim.decay_shape": ("1-sqrt", "linear"),
+    "optim.muon_adjust_lr": ("match_rms_adamw", "original"),
     "moe.dispatch": ("dropless", "drop_and_pad"),
     "quant.expert_group_axis": ("out", "in"),
     "parallel.engine": ("auto", "deepspeed", "plain"),
@@ -82,8 +85,12 @@ RANGES = {
     "optim.lr": Range(0, 10, above=True),
     "optim.min_lr_ratio": Range(0, 1),
     "optim.warmup_steps": Range(0, COUNT),
+    "optim.decay_fraction": Range(0, 1),
+    "optim.decay_steps": Range(0, COUNT),
     "optim.eps": Range(1e-30, 1),
     "optim.weight_decay": Range(0, 10),
+    "optim.momentum": Range(0, 0.9999),
+    "optim.muon_lr_ratio": Range(0, 1e4, above=True),
     "optim.clip_grad_norm": Range(0, 1e6),
     "moe.capacity_factor": Range(0, 1000, above=True),
     "moe.bias_update_rate": Range(0, 10),
@@ -99,6 +106,7 @@ RANGES = {
     "faults.hang_seconds": Range(0, 1e9),
     "log.every": Range(0, COUNT, above=True),
 }
+PARTS = ("embedding", "attention", "router", "routed experts", "shared expert", "mlp", "norms")  # of a network
 MAX_WEIGHT = 1e9  # of a source in the mixture
 INT4_GROUP = 32  # weights that share a scale in mobilemoe-int4-g32
 Rules = Iterable[tuple[bool, str]]
@@ -233,6 +241,8 @@ def _training_rules(config: Config) -> Rules:
     )
     yield train.seed < 2**31, f"train.seed ({train.seed}) must be below 2^31"
     yield all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas} must lie in [0, 1)"
+    unknown = [part for part in optim.no_decay if part not in PARTS]
+    yield not unknown, f"optim.no_decay names {', '.join(unknown)}; parts of a network are {', '.join(PARTS)}"
     yield (
         all(0 <= weight <= MAX_WEIGHT for weight in data.mixture.values()),
         f"data.mixture has a negative or infinite weight, or one above {MAX_WEIGHT:g}: {data.mixture}",
@@ -267,6 +277,14 @@ def _stage_rules(config: Config) -> Rules:
         f"optim.warmup_steps ({optim.warmup_steps}) must be below the stage's {config.total_steps} steps"
         f" (train.tokens / train.global_batch_tokens)",
     )
+    if optim.schedule == "wsd":
+        start, steps = optim.decay_from(config.total_steps), config.total_steps
+        key = "decay_steps" if optim.decay_steps else "decay_fraction"
+        yield (
+            optim.warmup_steps <= start,
+            f"optim.{key} ({getattr(optim, key)}) and optim.warmup_steps ({optim.warmup_steps}) do not fit into the"
+            f" stage's {steps} steps: the decay would begin at step {start}, before the warm-up has ended",
+        )
 
 
 def _run_rules(config: Config) -> Rules:
@@ -274,6 +292,11 @@ def _run_rules(config: Config) -> Rules:
     yield bool(mixture), "data.mixture is empty: name at least one source and its weight"
     yield sum(mixture.values()) > 0, f"data.mixture weights sum to 0: {mixture}"
     yield bool(config.run.dir), "run.dir is empty: say where the run goes, e.g. run.dir=runs/my-run"
+    yield (
+        not (config.init_from and config.resume_from),
+        f"init_from ({config.init_from}: a new stage) and resume_from ({config.resume_from}: the same stage) exclude"
+        " each other",
+    )
     yield bool(config.data.path), "data.path is empty: name a data set folder written by data_prep"
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     yield (

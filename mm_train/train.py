@@ -51,9 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = config.load_words(args.configs)
     done = Path(cfg.run.dir) / "DONE"
     if done.exists():
+        _refuse_more(cfg, done)
         print(f"{cfg.run.stage}: already finished ({done}); remove the run folder to train it again")
         return 0
     return train(cfg)
+
+
+def _refuse_more(cfg: config.Config, done: Path) -> None:
+    """Raise UserError when a finished run is to go on: it would have to take back its last steps."""
+    try:
+        steps = int(json.loads(done.read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if cfg.total_steps > steps:
+        before = ", which the decay of schedule wsd must not have reached" if cfg.decay_from is not None else ""
+        raise UserError(
+            f"{cfg.run.dir} is finished after {steps} steps, and train.tokens ({cfg.train.tokens}) makes"
+            f" {cfg.total_steps}: go on in another run.dir, with resume_from= one of its checkpoints{before}"
+        )
 
 
 def train(cfg: config.Config) -> int:
@@ -83,9 +98,10 @@ def _train(
 ) -> int:
     import torch
 
-    from mm_train import data_plan
+    from mm_train import data_plan, optim_groups
     from mm_train.block_cache import BlockCache
-    from mm_train.checkpoint.reader import open_newest
+    from mm_train.checkpoint.folders import find
+    from mm_train.checkpoint.reader import Reader, open_newest
     from mm_train.data import Loader, open_sources
     from mm_train.files import locked, write_atomic, writing
     from mm_train.inventory import active_parameters, parameters
@@ -113,6 +129,8 @@ def _train(
     micro_steps = cfg.micro_steps(groups.world)
     notices: list[str] = []
     reader = open_newest(run_dir, groups, notices.append)
+    if reader is None and cfg.resume_from:
+        reader = Reader(find(Path(cfg.resume_from))).verify(groups)
     if reader is not None and reader.step > cfg.total_steps:
         raise UserError(f"{reader.folder} is beyond train.tokens: {reader.step} steps done, {cfg.total_steps} wanted")
 
@@ -161,6 +179,8 @@ def _train(
         data_mixture={name: quota / 1000 for name, quota in loader.mixture.quotas.items()},
         epochs=loader.mixture.epochs(cfg.total_steps * trainer.rows),
     )
+    for line in optim_groups.lines(optim_groups.table(cfg.model, cfg.optim)):
+        metrics.say(line)
     plan = data_plan.plan(loader.mixture, cfg.data.seq_len, cfg.total_steps * trainer.rows)
     for line in data_plan.lines(plan):
         metrics.say(line)
@@ -169,6 +189,8 @@ def _train(
         metrics.alert(0, "data repeated", repeated)
     for notice in notices:
         metrics.alert(trainer.step, "damaged checkpoint", notice)
+    if trainer.schedule_change:
+        metrics.alert(trainer.step, "learning rate changed", trainer.schedule_change)
     if trainer.data_change:
         metrics.alert(trainer.step, "data mixture changed", trainer.data_change)
     if reader is not None:
@@ -237,7 +259,8 @@ def run(
             if held_out and (last or (cfg.train.validate_every and step % cfg.train.validate_every == 0)):
                 trainer.validate(held_out, token_bytes_V)
             # Not in a row of skipped steps: if the weights are what is wrong, the good checkpoints must outlive it.
-            if last or stopping or (step % cfg.checkpoint.every == 0 and verdict.action in ("ok", "warn")):
+            due = step % cfg.checkpoint.every == 0 or step == cfg.decay_from
+            if last or stopping or (due and verdict.action in ("ok", "warn")):
                 trainer.save()
         trainer.report_written()
         bar.update(trainer.step - bar.n)

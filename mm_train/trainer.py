@@ -61,6 +61,7 @@ class Trainer:
         self.rows = cfg.train.global_batch_tokens // cfg.data.seq_len
         self.step = self.updates = self.left_out = 0
         self.data_change: str | None = None  # between the checkpoint gone on from and now, in words
+        self.schedule_change: str | None = None  # likewise
         self.anomalies = Anomalies(cfg.faults)
         self.writer = Writer(self.run_dir, groups, cfg, beat=lambda: self._beat("checkpoint"))
         self.writer.reserve(engine)
@@ -176,6 +177,8 @@ class Trainer:
     def resume(self, reader: Reader) -> None:
         """Take over everything from a checkpoint. Raises UserError when it is of another network or other data."""
         reader.check_model(self.cfg.model)
+        reader.check_optimizer(self.cfg.optim)
+        self.schedule_change = optim.schedule_change(reader.step, reader.run_config, self.cfg, reader.folder)
         if all(key in reader.manifest for key in FACTS):
             there, sample = reader.manifest["data"], reader.manifest["samples"]
             self.data_change = self.loader.follow(there, sample, self.cfg.data.on_change)

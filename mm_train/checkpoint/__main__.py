@@ -1,4 +1,7 @@
-"""Look into checkpoints, check them, write them anew: python -m mm_train.checkpoint inspect|verify|convert|bench."""
+"""Look into checkpoints, check them, write them anew, average them.
+
+python -m mm_train.checkpoint inspect|verify|convert|average|bench
+"""
 
 import argparse
 import json
@@ -16,6 +19,7 @@ EXAMPLES = """examples:
   python -m mm_train.checkpoint inspect runs/quickstart/pretrain/checkpoints/step-00000100 --tensors
   python -m mm_train.checkpoint verify runs/quickstart/pretrain
   python -m mm_train.checkpoint convert runs/quickstart/pretrain weights/ --files 1 --weights-only
+  python -m mm_train.checkpoint average runs/quickstart/pretrain --last 2 --out average/
   python -m mm_train.checkpoint bench configs/model/tiny.yaml model.hidden_size=512 --repeats 9
 
 A PATH is a run folder (its newest checkpoint; for verify all of them) or the folder of one checkpoint.
@@ -26,11 +30,13 @@ A PATH is a run folder (its newest checkpoint; for verify all of them) or the fo
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mm_train.checkpoint",
-        description="Look into checkpoints, check them, write them anew.",
+        description="Look into checkpoints, check them, write them anew, average them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="inspect | verify | convert | bench")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="inspect | verify | convert | average | bench"
+    )
 
     inspect = commands.add_parser("inspect", help="what a checkpoint holds, and who wrote it")
     inspect.add_argument("path", type=Path, metavar="PATH", help="run or checkpoint folder")
@@ -46,6 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add_argument("--files", type=int, default=1, metavar="N", help="of about equal size (default 1)")
     convert.add_argument("--weights-only", action="store_true", help="leave out the moments: a third of the bytes")
 
+    average = commands.add_parser("average", help="write the mean of the weights of several checkpoints")
+    average.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, or checkpoints, oldest first")
+    average.add_argument("--last", type=int, metavar="N", help="the newest N checkpoints of the run")
+    average.add_argument(
+        "--ema", type=float, metavar="F", help="each counts F times what the next one does (default: 1)"
+    )
+    average.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new checkpoint folder")
+
     bench = commands.add_parser("bench", help="seconds that training stands still, against writing at once")
     bench.add_argument("configs", nargs="+", metavar="FILE.yaml | key=value", help="model file, then overrides")
     bench.add_argument("--repeats", type=int, default=5, metavar="N", help="of either way, by turns (default 5)")
@@ -53,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--json", action="store_true", help="print the same facts for programs")
 
     args = parser.parse_args(argv)
-    return {"inspect": _inspect, "verify": _verify, "convert": _convert, "bench": _bench}[args.command](args)
+    return {"inspect": _inspect, "verify": _verify, "convert": _convert, "average": _average, "bench": _bench}[
+        args.command
+    ](args)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -80,6 +96,16 @@ def _convert(args: argparse.Namespace) -> int:
 
     made = open_checkpoint(convert(args.path, args.out, args.files, args.weights_only))
     print(f"{made.folder}: step {made.step}, {', '.join(made.kinds)}; {len(made.records)} files, {made.bytes:,} bytes")
+    return 0
+
+
+def _average(args: argparse.Namespace) -> int:
+    from mm_train.checkpoint.average import average
+    from mm_train.checkpoint.format import open_checkpoint
+
+    made = open_checkpoint(average(args.paths, args.out, args.last, args.ema))
+    steps = ", ".join(f"{source['step']:,} ({source['share']:.3g})" for source in made.manifest["average"])
+    print(f"{made.folder}: the average of steps {steps}; {made.bytes:,} bytes")
     return 0
 
 

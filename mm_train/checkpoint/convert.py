@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from tqdm import tqdm
 
 from mm_train.checkpoint import files
@@ -15,10 +16,11 @@ from mm_train.checkpoint.reader import Reader
 from mm_train.checkpoint.share import as_bytes
 from mm_train.cli import UserError
 from mm_train.files import is_file, sync
-from mm_train.inventory import KINDS, is_buffer
-from mm_train.sharding import whole
+from mm_train.inventory import KINDS
+from mm_train.sharding import Box, whole
 
 PIECE = 1 << 22  # elements in memory at a time
+Read = Callable[[str, str, Box, int, int], Tensor]  # what Reader.read_range takes and returns
 
 
 class Vector(NamedTuple):
@@ -36,14 +38,35 @@ def convert(source: Path, out: Path, number: int, weights_only: bool) -> Path:
     """
     if number < 1:
         raise UserError(f"--files is {number}; it must be at least 1")
+    refuse_existing(out)
+    reader = Reader(find(source)).verify()
+    rewrite(reader, out, number, KINDS[:1] if weights_only else reader.kinds, reader.read_range)
+    return out
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UserError when there is something at `out`."""
     if out.exists():
         raise UserError(f"{out} exists already: choose another place, or remove it")
-    reader = Reader(find(source)).verify()
+
+
+def rewrite(
+    reader: Reader,
+    out: Path,
+    number: int,
+    kinds: tuple[str, ...],
+    read: Read,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint like that of `reader` to the new folder `out`, with the values that `read` returns.
+
+    `more` goes into its manifest. `out` appears whole or not at all. Raises UserError when it cannot be written.
+    """
     partial = out.with_name(out.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(reader, partial, number, KINDS[:1] if weights_only else reader.kinds)
+        _write(reader, partial, number, kinds, read, more or {})
         open_checkpoint(partial)
         os.rename(partial, out)
         sync(out.parent)
@@ -51,26 +74,29 @@ def convert(source: Path, out: Path, number: int, weights_only: bool) -> Path:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
 
 
-def _write(reader: Reader, folder: Path, number: int, kinds: tuple[str, ...]) -> None:
+def _write(
+    reader: Reader, folder: Path, number: int, kinds: tuple[str, ...], read: Read, more: Mapping[str, Any]
+) -> None:
     """All files of the new checkpoint."""
     records = []
     shares = split(reader, number)
-    total = sum((part.stop - part.start) * len(_kinds(part, kinds)) for share in shares for part in share)
-    with tqdm(total=4 * total, unit="B", unit_scale=True, desc="convert", disable=None, leave=False) as bar:
+    held = {name: [kind for kind in kinds if kind in kept] for name, kept in reader.kinds_of.items()}
+    total = sum((part.stop - part.start) * len(held[part.name]) for share in shares for part in share)
+    with tqdm(total=4 * total, unit="B", unit_scale=True, desc=folder.stem, disable=None, leave=False) as bar:
         for index, share in enumerate(shares):
-            vectors = [Vector(kind, part) for kind in kinds for part in share if kind in _kinds(part, kinds)]
+            vectors = [Vector(kind, part) for kind in kinds for part in share if kind in held[part.name]]
             listed = [files.Vector(f"{v.kind}/{v.part.key}", "F32", v.part.stop - v.part.start) for v in vectors]
             if index == 0:
                 listed.append(files.Vector(RNG, "U8", reader.rng_state().numel()))
             path = folder / f"rank-{index:05d}.safetensors"
-            sha256, size = files.write(path, files.header(listed), _buffers(reader, vectors, index == 0, bar))
+            buffers = _buffers(read, vectors, reader.rng_state() if index == 0 else None, bar)
+            sha256, size = files.write(path, files.header(listed), buffers)
             parts = [part.to_json() for part in share]
             records.append({"file": path.name, "sha256": sha256, "bytes": size, "parts": parts})
     values = {key: value for key, value in reader.manifest.items() if key != "sha256"}
-    write_manifest(folder, values | {"files": records, "kinds": kinds})
+    write_manifest(folder, values | more | {"files": records, "kinds": kinds})
     for beside in (reader.folder, reader.folder.parent.parent):  # as mm_train.model_folder looks for it
         if is_file(beside / "tokenizer.json"):
             shutil.copyfile(beside / "tokenizer.json", folder / "tokenizer.json")
@@ -94,16 +120,12 @@ def split(reader: Reader, number: int) -> list[list[Part]]:
     return shares
 
 
-def _kinds(part: Part, kinds: tuple[str, ...]) -> tuple[str, ...]:
-    return kinds[:1] if is_buffer(part.name) else kinds
-
-
-def _buffers(reader: Reader, vectors: list[Vector], with_rng: bool, bar: tqdm) -> Iterator[memoryview]:
+def _buffers(read: Read, vectors: list[Vector], rng_state: Tensor | None, bar: tqdm) -> Iterator[memoryview]:
     """The bytes of a new file, piece by piece."""
     for kind, part in vectors:
         for start in range(part.start, part.stop, PIECE):
             stop = min(start + PIECE, part.stop)
-            yield as_bytes(reader.read_range(part.name, kind, part.box, start, stop))
+            yield as_bytes(read(part.name, kind, part.box, start, stop))
             bar.update(4 * (stop - start))
-    if with_rng:
-        yield as_bytes(reader.rng_state())
+    if rng_state is not None:
+        yield as_bytes(rng_state)

@@ -144,8 +144,8 @@ def publish(partial: Path, digest: str) -> Path:
     return final
 
 
-def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
-    """Remove checkpoints but the `keep` newest up to step `newest` and multiples of `keep_every` (0: none).
+def prune(run_dir: Path, newest: int, keep: int, keep_every: int, always: int | None = None) -> None:
+    """Remove checkpoints but the `keep` newest up to step `newest`, multiples of `keep_every` (0: none) and `always`.
 
     Later ones are of a part of the run that was given up: they go too, as does what interrupted writes left. What
     cannot be removed stays.
@@ -155,7 +155,7 @@ def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
     except UserError:
         return
     steps = [step for folder in found if (step := step_of(folder)) is not None and step <= newest]
-    kept = {*steps[:keep], *(step for step in steps if keep_every and step % keep_every == 0)}
+    kept = {*steps[:keep], *(step for step in steps if keep_every and step % keep_every == 0), always}
     for folder in root_of(run_dir).glob("step-*.replaced"):  # first: they would count again without those below
         if folder.with_suffix("") in found:
             remove(folder)

@@ -8,8 +8,9 @@ manifest.json is one line of JSON with sorted keys:
     sha256: of the same line without this key
 
 A part holds elements a..b, row by row, of a box of tensor `name`, as tensors KIND/KEY of its file: one of each of the
-checkpoint's kinds, or the weight alone for a buffer. Boxes of a tensor are equal or share nothing; the parts of a
-checkpoint together hold every element of the network once.
+checkpoint's kinds that training keeps of it (mm_train.optim_groups; of a buffer the weight alone). Boxes of a tensor
+are equal or share nothing; the parts of a checkpoint together hold every element of the network once. An averaged
+checkpoint (average.py) lists what went in under `average`.
 """
 
 import errno
@@ -20,6 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from mm_train.checkpoint.files import sha256
 from mm_train.cli import UserError
 from mm_train.files import sync
 from mm_train.inventory import KINDS
+from mm_train.optim_groups import kinds_of
 from mm_train.sharding import Box, whole
 
 FORMAT, OLD_FORMAT = "mobilemoe-checkpoint-2", "mobilemoe-checkpoint-1"
@@ -108,6 +111,13 @@ class Checkpoint:
     def kinds(self) -> tuple[str, ...]:
         """Which kinds of tensors it holds; the weights alone when it was converted for release."""
         return tuple(self.manifest["kinds"])
+
+    @cached_property
+    def kinds_of(self) -> dict[str, tuple[str, ...]]:
+        """Of each tensor by name, those that it holds: what the optimizer of the run keeps."""
+        cfg, kinds = self.run_config, self.kinds
+        found = {entry.name: kinds_of(entry, cfg.optim) for entry in inventory.tensors(cfg.model)}
+        return {name: tuple(kind for kind in kept if kind in kinds) for name, kept in found.items()}
 
     @property
     def bytes(self) -> int:

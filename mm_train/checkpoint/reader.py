@@ -16,7 +16,7 @@ from mm_train.checkpoint.folders import candidates, root_of
 from mm_train.checkpoint.format import FACTS, RNG, Damaged, Part, damaged_files, open_checkpoint, unreadable
 from mm_train.cli import UserError
 from mm_train.engine import Engine
-from mm_train.inventory import KINDS, is_buffer
+from mm_train.inventory import KINDS
 from mm_train.parallel.groups import Groups
 from mm_train.sharding import Box, local_boxes, whole
 
@@ -36,7 +36,7 @@ class Reader:
         self.folder = folder
         self.manifest = self._checkpoint.manifest
         self.step = self._checkpoint.step
-        self.kinds = self._checkpoint.kinds
+        self.kinds, self.kinds_of = self._checkpoint.kinds, self._checkpoint.kinds_of
         self.records = self._checkpoint.records
         self._parts: dict[str, list[tuple[str, Part]]] = {}
         for record in self.records:
@@ -88,8 +88,9 @@ class Reader:
 
     def read_range(self, name: str, kind: str, box: Box, start: int, stop: int) -> Tensor:
         """Elements start..stop, row by row, of the block `box` of a tensor: 1-D."""
-        if kind not in (KINDS[:1] if is_buffer(name) else self.kinds):
-            raise UserError(f"checkpoint {self.folder} has no {kind} of {name}: it holds {', '.join(self.kinds)}")
+        if kind not in self.kinds_of[name]:
+            held = ", ".join(self.kinds_of[name])
+            raise UserError(f"checkpoint {self.folder} has no {kind} of {name}: it holds {held}")
         found = torch.empty(stop - start)
         wanted = blocks(box, start, stop)
         filled = 0
@@ -165,6 +166,15 @@ class Reader:
         if difference:
             raise UserError(f"checkpoint {self.folder} is of another model: {difference}")
 
+    def check_optimizer(self, optim: config.Optim) -> None:
+        """Raises UserError when the optimizer in use cannot go on with the moments of the checkpoint."""
+        there = self.run_config.optim.name
+        if there != optim.name:
+            raise UserError(
+                f"checkpoint {self.folder} has the moments of optim.name={there}; {optim.name} cannot go on with them:"
+                f" keep optim.name={there}, or start a new stage from its weights in another run.dir with init_from"
+            )
+
 
 def open_newest(run_dir: Path, groups: Groups, say: Callable[[str], object]) -> Reader | None:
     """The newest checkpoint of a run of which every byte is as it was written; None when there is none. Collective.
@@ -223,6 +233,7 @@ def restore(reader: Reader, engine: Engine, groups: Groups) -> None:
     """Load weights, optimizer state and, on the main rank, torch's random state into an engine of any layout.
 
     A tensor of this rank at a time; every rank reads for itself. Raises UserError for a checkpoint without moments.
+    The optimizer has to be the one that wrote it (Reader.check_optimizer).
     """
     if reader.kinds != KINDS:
         raise UserError(f"checkpoint {reader.folder} holds weights only: start a new stage from it with init_from")

@@ -62,7 +62,8 @@ def share_of(engine: Engine, model: config.Model, groups: Groups) -> Share:
 
 
 class Staging:
-    """Room for a rank's tensors, taken once and used for every checkpoint: 12 bytes a parameter that it answers for.
+    """Room for a rank's tensors, taken once and used for every checkpoint: 12 bytes a parameter that it answers for
+    (8 of those that Muon moves).
 
     Pinned where the tensors are on a GPU, so that all of them are copied at the same time.
     """

@@ -15,7 +15,6 @@ from mm_train import inventory
 from mm_train.checkpoint.folders import candidates, complete, find, step_of
 from mm_train.checkpoint.format import Checkpoint, Damaged, damaged_files, open_checkpoint
 from mm_train.cli import UserError
-from mm_train.inventory import is_buffer
 
 
 def inspect(path: Path, with_tensors: bool) -> dict[str, Any]:
@@ -24,6 +23,8 @@ def inspect(path: Path, with_tensors: bool) -> dict[str, Any]:
     manifest, cfg = found.manifest, found.run_config
     facts: dict[str, Any] = {"folder": str(found.folder), "step": found.step}
     facts |= {key: manifest.get(key) for key in ("written", "layout", "samples", "rows_per_step", "data")}
+    if "average" in manifest:
+        facts["average"] = manifest["average"]
     facts |= {
         "stage": cfg.run.stage,
         "model": cfg.model.name,
@@ -59,7 +60,7 @@ def _tensors(found: Checkpoint) -> Iterator[dict[str, Any]]:
     reader = Reader(found.folder)
     for name, entry in tqdm(reader.entries.items(), unit="tensor", disable=None, leave=False):
         facts = {"name": name, "shape": list(entry.shape), "part": entry.part}
-        for kind in found.kinds if not is_buffer(name) else found.kinds[:1]:
+        for kind in found.kinds_of[name]:
             facts[kind] = float(torch.linalg.vector_norm(reader.read(name, kind), dtype=torch.float64))
         yield facts
 
@@ -74,6 +75,8 @@ def inspect_text(facts: dict[str, Any]) -> Iterator[str]:
         each = f", {facts['rows_per_step']:,} a step" if facts["rows_per_step"] else ""
         rows["data"] = f"{facts['samples']:,} samples{each}" + _mixture(facts["data"])
     rows["model"] = f"{facts['model']}, {facts['parameters']:,} parameters, stage {facts['stage']}"
+    if "average" in facts:
+        rows["average"] = "of steps " + ", ".join(f"{s['step']:,} ({s['share']:.3g})" for s in facts["average"])
     rows["holds"] = ", ".join(facts["kinds"])
     rows["files"] = f"{len(facts['files'])}, {facts['bytes']:,} bytes"
     for name, value in rows.items():

@@ -273,7 +273,7 @@ class Writer:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         keep = self.cfg.checkpoint
-        prune(self.run_dir, job.step, keep.keep, keep.keep_every)
+        prune(self.run_dir, job.step, keep.keep, keep.keep_every, self.cfg.decay_from)
         return Written(job.step, time.perf_counter() - job.begun, size, final)
 
     def _reports(self, partial: Path, failure: UserError | None) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from mm_train import config, inventory
 from mm_train.data import Batch
 from mm_train.engine import (
-    MOMENTS,
     Engine,
     Fragment,
     PlainEngine,
@@ -23,8 +22,11 @@ from mm_train.engine import (
     set_step,
 )
 from mm_train.model import Losses, MobileMoE
-from mm_train.optim import adamw, parameter_groups
+from mm_train.muon import MuonAdamW
+from mm_train.optim import make_optimizer, parameter_groups
+from mm_train.optim_groups import kinds_of
 from mm_train.parallel.groups import Groups, uses_deepspeed
+from mm_train.parallel.matrices import gather_over, lay_out_partitions
 from mm_train.sharding import tensor_parallel_axis
 
 
@@ -38,7 +40,7 @@ def build_engine(model: MobileMoE, cfg: config.Config, groups: Groups) -> Engine
 class DeepSpeedEngine:
     """What both kinds share. Every rank answers for an equal part of what it holds together with others."""
 
-    adam: torch.optim.Optimizer  # torch's, which moves the weights
+    adam: torch.optim.AdamW  # torch's or ours over it, which moves the weights
 
     def __init__(self, model: MobileMoE, cfg: config.Config, groups: Groups) -> None:
         import deepspeed
@@ -58,7 +60,7 @@ class DeepSpeedEngine:
             zero["compute_grad_norm"] = False
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(param_groups, cfg.optim),
+            optimizer=make_optimizer(param_groups, cfg.optim, model.compute_dtype),
             mpu=groups.mpu,
             config={
                 "train_micro_batch_size_per_gpu": cfg.train.micro_batch_size,
@@ -128,6 +130,9 @@ class ReplicatedEngine(WholeState, DeepSpeedEngine):
         super().__init__(model, cfg, groups)
         self.adam = self.optimizer
         materialise_moments(self.adam)
+        self.lay_out_matrices(model, cfg.optim, groups.place)
+        if isinstance(self.adam, MuonAdamW) and groups.tp is not None:
+            self.adam.gather = gather_over(groups)
 
     def _data_parallel_copies(self, entry: inventory.Entry) -> tuple[int, int]:
         return self.groups.expert_dp if entry.part == "routed experts" else (self.groups.dp_rank, self.groups.dp_size)
@@ -150,6 +155,11 @@ class ZeroEngine(DeepSpeedEngine):
         # Let DeepSpeed find each parameter's slice of the moments, which it otherwise does in the first step only.
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
+        self.kinds = {entry.name: kinds_of(entry, cfg.optim) for entry in inventory.tensors(model.config)}
+        if isinstance(self.adam, MuonAdamW):
+            lay_out_partitions(self.adam, self.optimizer, model, cfg.optim, groups.place)
+            if groups.tp is not None:
+                self.adam.gather = gather_over(groups)
 
     def _mapping(self, name: str) -> Any:
         """DeepSpeed's record of the range of a parameter that lives here; None when it lives elsewhere."""
@@ -167,7 +177,8 @@ class ZeroEngine(DeepSpeedEngine):
 
     def state(self, fragment: Fragment) -> dict[str, Tensor]:
         mapping, (offset, _) = self._mapping(fragment.name), self._held(fragment.name)
-        tensors = {"weight": mapping.get_hp_fragment()} | {key: mapping.get_hp_fragment(key) for key in MOMENTS}
+        moments = {key: mapping.get_hp_fragment(key) for key in self.kinds[fragment.name][1:]}
+        tensors = {"weight": mapping.get_hp_fragment()} | moments
         return {k: t.view(-1)[fragment.start - offset : fragment.stop - offset] for k, t in tensors.items()}
 
     def gradient(self, fragment: Fragment) -> Tensor | None:
@@ -195,5 +206,5 @@ class ZeroEngine(DeepSpeedEngine):
             return
         start, stop = self._held(name)
         mapping.get_hp_fragment().copy_(weight[start:stop])
-        for key in MOMENTS:
+        for key in self.kinds[name][1:]:
             mapping.get_hp_fragment(key).copy_(read(key, start, stop))

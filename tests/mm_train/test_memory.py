@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from kernels import cross_entropy
-from mm_train import config, memory
+from mm_train import config, memory, muon
 from mm_train.costs import Layout
 from mm_train.engine import PlainEngine
 from mm_train.memory import memory_bytes, saved_for_backward, shares
@@ -137,9 +138,18 @@ def measured_peak(network: MobileMoE, layout: Layout) -> int:
     """Most bytes allocated at once in forward and backward pass, gradients not among them."""
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("pass"):
+
+    def both() -> None:
         losses = run(network, layout)
         (losses.cross_entropy_sum + losses.z_loss_sum).backward()
+
+    return peak_of(both)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Most bytes that are allocated at once while it runs, beyond those before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("pass"):
+        work()
     events = profiler.profiler.kineto_results.events()
     now = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -271,3 +281,31 @@ def test_constants_are_those_of_the_code_they_describe():
     assert f"max_group_size: Union[int, float] = {memory.MAX_EXPERT_GROUP}" in (folder / "moe/utils.py").read_text()
     optimizer = (folder / "runtime/zero/stage_1_and_2.py").read_text()
     assert f"self.nccl_start_alignment_factor = {memory.ALIGNMENT}" in optimizer
+
+
+def test_muon_keeps_one_moment_of_what_it_moves_and_works_in_bounded_memory(small_model, monkeypatch):
+    layout = Layout(micro_batch_size=2, context=64, activation_bytes=4, muon=True)
+    network = build(small_model, layout)
+    engine = PlainEngine(network, config.Optim(name="muon"))
+    parts = memory_bytes(small_model, layout)
+    states = [t for state in engine.adam.state.values() for key, t in state.items() if key != "step"]
+    assert parts["moments"] == sum(tensor.nbytes for tensor in states)
+    assert parts["moments"] < 0.7 * memory_bytes(small_model, dataclasses.replace(layout, muon=False))["moments"]
+    for chunk, tolerance in ((1 << 25, 0.02), (3 * 64 * 64, 0.25)):
+        monkeypatch.setattr("mm_train.muon.CHUNK", chunk)
+        monkeypatch.setattr("mm_train.memory.MUON_CHUNK", chunk)
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        predicted = memory._orthogonalising(small_model, layout)
+        assert predicted == pytest.approx(peak_of(lambda: engine.step(1e-3)), rel=tolerance)
+
+
+def test_muons_memory_in_other_layouts():
+    plain = memory_bytes(COUNTED, Layout(muon=True))
+    for stage in (1, 2):
+        zero = memory_bytes(COUNTED, Layout(8, 1, stage, micro_steps=4, deepspeed=True, muon=True))
+        assert 8 * zero["moments"] == pytest.approx(plain["moments"], rel=1e-3)
+    one, four = (shares(COUNTED, Layout(4, ep, 1, deepspeed=True, muon=True)) for ep in (1, 4))
+    assert four.muon == pytest.approx(one.muon, rel=1e-3)
+    assert shares(COUNTED, Layout(muon=True)).muon < shares(COUNTED, Layout(muon=True)).partition
+    assert muon.CHUNK == memory.MUON_CHUNK

@@ -120,6 +120,13 @@ def test_a_network_needs_no_stage_and_training_it_no_run():
         ("model", "head_dim", 33, "must be even"),
         ("parallel", "expert_parallel", 3, r"\(3\) must divide model.num_local_experts \(16\)"),
         ("optim", "betas", (0.9, 1.0), r"optim.betas \(0.9, 1.0\) must lie in \[0, 1\)"),
+        ("optim", "name", "sgd", "optim.name is 'sgd'; it must be one of adamw, muon"),
+        (
+            "optim",
+            "no_decay",
+            ["norms", "head"],
+            "optim.no_decay names head; parts of a network are embedding, attention",
+        ),
         ("data", "mixture", {"a": 1e300}, "or one above 1e\\+09"),
         ("train", "seed", 2**31, r"must be below 2\^31"),
     ],
@@ -130,6 +137,18 @@ def test_what_does_not_fit_together_is_refused(section, key, value, message):
     setattr(getattr(cfg, section), key, value)
     with pytest.raises(UserError, match=message):
         rules.validate_training(cfg)
+
+
+@pytest.mark.parametrize(("key", "value"), [("decay_fraction", 0.95), ("decay_steps", 95), ("decay_steps", 200)])
+def test_warm_up_and_decay_fit_into_the_stage(key, value):
+    cfg = config.Config(train=config.Train(tokens=100_000, global_batch_tokens=1000))
+    cfg.optim = config.Optim(schedule="wsd", warmup_steps=10)
+    rules.validate_stage(cfg)
+    setattr(cfg.optim, key, value)
+    with pytest.raises(
+        UserError, match=rf"optim.{key} \({value}\) and optim.warmup_steps \(10\) do not fit into .* 100"
+    ):
+        rules.validate_stage(cfg)
 
 
 def test_a_dense_network_has_no_experts_to_share_out():

@@ -349,6 +349,76 @@ def test_a_shorter_budget_than_was_trained_is_refused(finished):
         train(finished)
 
 
+@pytest.fixture
+def stable(small_config):
+    """A run of 12 steps whose rate stays until step 9, and falls in the last three."""
+    small_config.optim = dataclasses.replace(small_config.optim, schedule="wsd", decay_steps=3)
+    small_config.checkpoint.keep = 1
+    assert train(small_config) == 0
+    return small_config
+
+
+def longer(cfg: config.Config, folder: Path, steps: int = 20, **changes) -> config.Config:
+    """The same training with more tokens, in another folder."""
+    train = dataclasses.replace(cfg.train, tokens=steps * 512)
+    return dataclasses.replace(cfg, train=train, run=config.Run(dir=str(folder)), **changes)
+
+
+def test_a_wsd_run_is_made_longer_from_where_its_decay_began(stable, tmp_path):
+    """As if it had been that long from the beginning, bit for bit; the checkpoint for it is kept."""
+    run = Path(stable.run.dir)
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000009", "step-00000012"]
+    uninterrupted = longer(stable, tmp_path / "uninterrupted")
+    assert train(uninterrupted) == 0
+    extended = longer(stable, tmp_path / "extended", resume_from=str(run / "checkpoints/step-00000009"))
+    assert train(extended) == 0
+    want, found = losses(uninterrupted.run.dir), losses(extended.run.dir)
+    assert list(found) == list(range(10, 21))
+    assert found == {step: want[step] for step in found}
+    ours, theirs = (Reader(latest(Path(cfg.run.dir))) for cfg in (extended, uninterrupted))
+    assert ours.records[0].sha256 == theirs.records[0].sha256
+    assert not [r for r in read_metrics(extended.run.dir)["alert"] if r["title"] == "learning rate changed"]
+    # Run again, it goes on from its own checkpoints, not from the other run's.
+    (Path(extended.run.dir) / "DONE").unlink()
+    assert train(dataclasses.replace(extended, resume_from="gone")) == 0
+
+
+def test_a_wsd_run_is_not_made_longer_from_its_decay(stable, tmp_path):
+    with pytest.raises(UserError, match=r"began after step 9 of 12: another train.tokens \(6144 there, 10240 here\)"):
+        train(longer(stable, tmp_path / "extended", resume_from=stable.run.dir))
+    assert not (tmp_path / "extended/checkpoints").exists()
+
+
+def test_a_finished_run_with_more_tokens_is_told_how_to_go_on(stable, tmp_path, capsys):
+    config.save(stable, tmp_path / "cfg.yaml")
+    assert main([str(tmp_path / "cfg.yaml"), "train.tokens=10240"]) == 2
+    error = capsys.readouterr().err
+    assert "finished after 12 steps, and train.tokens (10240) makes 20: go on in another run.dir" in error
+    assert "the decay of schedule wsd must not have reached" in error
+
+
+def test_another_budget_of_a_cosine_run_is_told(finished, tmp_path):
+    assert train(longer(finished, tmp_path / "extended", resume_from=finished.run.dir)) == 0
+    (alert,) = [r for r in read_metrics(tmp_path / "extended")["alert"] if r["title"] == "learning rate changed"]
+    assert "would have had the rate 0.0001; it has" in alert["text"]
+
+
+def test_muon_resumed_equals_uninterrupted_and_other_moments_are_refused(small_config, tmp_path):
+    small_config.optim.name, small_config.checkpoint.keep = "muon", 9
+    assert train(small_config) == 0
+    want = losses(small_config.run.dir)
+    assert want[12] < want[1] - 0.3
+    middle = Path(small_config.run.dir) / "checkpoints/step-00000004"
+    resumed = dataclasses.replace(small_config, resume_from=str(middle), run=config.Run(dir=str(tmp_path / "resumed")))
+    assert train(resumed) == 0
+    assert losses(resumed.run.dir) == {step: loss for step, loss in want.items() if step > 4}
+    ours, theirs = (Reader(latest(Path(cfg.run.dir))) for cfg in (small_config, resumed))
+    assert ours.records[0].sha256 == theirs.records[0].sha256
+    resumed.optim.name, resumed.run.dir = "adamw", str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"has the moments of optim\.name=muon; adamw cannot go on with them"):
+        train(resumed)
+
+
 def test_accumulation_does_not_change_the_result(small_config, tmp_path):
     """Dropless: micro-batches of 2 and of 4 rows add up to the same steps."""
     train(small_config)
@@ -372,6 +442,8 @@ def test_accumulation_does_not_change_the_result(small_config, tmp_path):
         (["data.path=nowhere"], "data set folder not found: nowhere"),
         (["data.mixture.books=1"], "no train split of source 'books'"),
         (["init_from=nowhere"], "model folder not found: nowhere"),
+        (["resume_from=nowhere"], "no checkpoint in nowhere"),
+        (["init_from=a", "resume_from=b"], "exclude each other"),
         (["run.dir=/proc/nothing/here"], "/proc/nothing/here"),
     ],
 )

@@ -107,6 +107,12 @@ def test_the_newest_and_every_so_many_steps_are_kept(tmp_path):
     assert listing(tmp_path) == [name_of_step(step) for step in (300, 600, 900, 1000)]
 
 
+def test_the_one_before_a_decay_is_kept(tmp_path):
+    make(tmp_path, *range(100, 1100, 100))
+    prune(tmp_path, 1000, keep=1, keep_every=0, always=400)
+    assert listing(tmp_path) == [name_of_step(step) for step in (400, 1000)]
+
+
 def test_a_run_that_was_rolled_back_keeps_what_it_saves(tmp_path):
     make(tmp_path, 100, 200, 250, 300, 400)
     prune(tmp_path, 250, keep=2, keep_every=400)  # 400 is a multiple, but of a part of the run that was given up

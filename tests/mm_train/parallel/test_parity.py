@@ -74,8 +74,14 @@ def cfg(small_model, data_set) -> config.Config:
 def folder(cfg, tmp_path_factory) -> Path:
     """Where all runs go, with the config, and what one plain process makes of it: steps, gradients, tensors."""
     folder = tmp_path_factory.mktemp("parity")
+    train_alone(cfg, folder, [*((dispatch, "float32") for dispatch in DISPATCHES), ("dropless", "bfloat16")])
+    return folder
+
+
+def train_alone(cfg: config.Config, folder: Path, ways: list[tuple[str, str]]) -> None:
+    """Write the config and, for each (dispatch, dtype), what one plain process makes of it."""
     config.save(cfg, folder / "config.yaml")
-    for dispatch, dtype in (*((dispatch, "float32") for dispatch in DISPATCHES), ("dropless", "bfloat16")):
+    for dispatch, dtype in ways:
         cell = Cell(f"plain-{dispatch}-{dtype}", dispatch, dtype=dtype, engine="plain")
         trainer = worker.new_trainer(cell.configure(cfg, folder), Groups(), cfg.train.seed)
         trainer._accumulate(stop=False)
@@ -91,7 +97,6 @@ def folder(cfg, tmp_path_factory) -> Path:
                 tensors = {n: t.clone() for n, t in trainer.engine.model.state_dict().items()}
                 save_file(tensors, folder / f"{dispatch}-{dtype}-{step}")
         (folder / f"{dispatch}-{dtype}.json").write_text(json.dumps(steps))
-    return folder
 
 
 def run_cells(python: str, folder: Path, world: int, name: str, cells: list[dict]) -> dict:

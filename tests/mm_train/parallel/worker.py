@@ -23,6 +23,7 @@ from mm_train.checkpoint.reader import Reader
 from mm_train.data import Loader
 from mm_train.metrics import Metrics
 from mm_train.model import MobileMoE
+from mm_train.muon import MuonAdamW
 from mm_train.parallel.assemble import assemble
 from mm_train.parallel.engine import build_engine
 from mm_train.parallel.groups import Groups, form_groups, init_groups
@@ -126,6 +127,9 @@ def try_cell(cell: Cell, cfg: config.Config, groups: Groups, folder: Path) -> di
         report["steps"].append(here)
     while trainer.step < cell.steps:
         report["steps"].append(one_step(trainer))
+    adam = trainer.engine.adam
+    if isinstance(adam, MuonAdamW):  # matrices of which ranks hold parts
+        report["cut"] = sum(groups.gather(sum(len(cut) for _, cut in adam._layout.values())))
     report["weights"] = weight_errors(trainer, load_file(folder / f"{cell.dispatch}-{cell.dtype}-{cell.steps}"))
     return report
 
