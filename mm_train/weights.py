@@ -43,8 +43,8 @@ def initial(shape: config.Model, seed: int) -> Source:
     """Fresh values: matrices normal(0, initializer_range), norms 1, selection bias 0.
 
     Projections into the residual stream are shrunk by sqrt(2 L) (ours, GPT-2 style). Every tensor has a generator of
-    its own, seeded by `seed` and its name, so the values do not depend on the order, the layout or which other
-    tensors exist.
+    its own, seeded by `seed` and its name (in 32 bits: torch's generator on the CPU ignores more), so the values do
+    not depend on the order, the layout or which other tensors exist.
     """
     shapes = {entry.name: entry.shape for entry in inventory.tensors(shape)}
 
@@ -54,7 +54,7 @@ def initial(shape: config.Model, seed: int) -> Source:
         std = shape.initializer_range
         if "o_proj" in name or "down_proj" in name:
             std /= math.sqrt(2 * shape.num_hidden_layers)
-        generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         return torch.randn(shapes[name], generator=generator)[box.slices].mul_(std)
 
     return read

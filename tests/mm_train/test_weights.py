@@ -1,8 +1,11 @@
+import itertools
+
 import torch
 from torch import nn
 
+from mm_train.inventory import tensors
 from mm_train.model import MobileMoE
-from mm_train.sharding import Place, local_boxes
+from mm_train.sharding import Place, local_boxes, whole
 from mm_train.weights import fill, initial, materialise
 
 
@@ -26,6 +29,14 @@ def test_fresh_values_have_the_spread_that_the_config_says(small_model):
     torch.testing.assert_close(layer.self_attn.o_proj.weight.std(), torch.tensor(shrunk), rtol=0.05, atol=0)
     assert (layer.input_layernorm.weight == 1).all()
     assert (layer.feed_forward.expert_bias == 0).all()
+
+
+def test_every_seed_gives_other_values(small_model):
+    shapes = {entry.name: entry.shape for entry in tensors(small_model) if len(entry.shape) > 1}
+    sources = [initial(small_model, seed) for seed in (0, 1, 2, 2**31 - 1)]
+    for name, shape in shapes.items():
+        values = [source(name, whole(shape)) for source in sources]
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(values, 2)), name
 
 
 def test_memory_is_given_without_losing_notes_on_parameters():
