@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ def rewrite(
     number: int,
     kinds: tuple[str, ...],
     read: Read,
-    more: Mapping[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint like that of `reader` to the new folder `out`, with the values that `read` returns.
 
@@ -76,9 +76,7 @@ def rewrite(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(
-    reader: Reader, folder: Path, number: int, kinds: tuple[str, ...], read: Read, more: Mapping[str, Any]
-) -> None:
+def _write(reader: Reader, folder: Path, number: int, kinds: tuple[str, ...], read: Read, more: dict[str, Any]) -> None:
     """All files of the new checkpoint."""
     records = []
     shares = split(reader, number)
