@@ -110,8 +110,8 @@ class MuonAdamW(torch.optim.AdamW):
     `gather` and `complete` get what is missing. State: "exp_avg", the mean of the gradients.
     """
 
-    gather: Gather
-    complete: Complete
+    gather: Gather | None = None
+    complete: Complete | None = None
 
     def __init__(self, groups: list[dict], optim: config.Optim, dtype: torch.dtype) -> None:
         super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
@@ -153,7 +153,8 @@ class MuonAdamW(torch.optim.AdamW):
                 stack = ahead(at, length).view(count, matrices.rows, matrices.columns)
                 update = self._orthogonal(stack, matrices)
                 weight[at : at + length].add_(update.reshape(-1), alpha=-rate * matrices.scale)
-        for part, flat in zip(cut, self.complete(parameter, parts) if cut else (), strict=True):
+        missing = self.complete(parameter, parts) if cut and self.complete else []
+        for part, flat in zip(cut, missing, strict=True):
             matrices = part.matrices
             update = self._orthogonal(flat.view(1, matrices.rows, matrices.columns), matrices).reshape(-1)
             mine = update[part.first : part.first + part.length]
@@ -161,13 +162,15 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _orthogonal(self, stack_NRC: Tensor, matrices: Matrices) -> Tensor:
         """What newton_schulz makes of a rank's part of matrices, in float32."""
-        axis = None if matrices.axis is None else matrices.axis + 1
-        begin, length = 0, 0
-        if axis is not None and hasattr(self, "gather"):
-            length = stack_NRC.shape[axis]
-            stack_NRC, begin = self.gather(stack_NRC, axis)
+        if matrices.axis is None or self.gather is None:
+            return self._of_whole(stack_NRC, matrices.blocks)
+        axis = matrices.axis + 1
+        whole_NRC, begin = self.gather(stack_NRC, axis)
+        return self._of_whole(whole_NRC, matrices.blocks).narrow(axis, begin, stack_NRC.shape[axis])
+
+    def _of_whole(self, stack_NRC: Tensor, blocks: int) -> Tensor:
+        """The same of whole matrices, of which each consists of `blocks` side by side."""
         number, rows, columns = stack_NRC.shape
-        blocks = stack_NRC.view(number, rows, matrices.blocks, -1).transpose(1, 2).flatten(0, 1)
-        blocks = newton_schulz(blocks, self.dtype)
-        update = blocks.view(number, matrices.blocks, rows, -1).transpose(1, 2).reshape(number, rows, columns).float()
-        return update.narrow(axis, begin, length) if axis is not None and length else update
+        apart = stack_NRC.view(number, rows, blocks, -1).transpose(1, 2).flatten(0, 1)
+        update = newton_schulz(apart, self.dtype).view(number, blocks, rows, -1)
+        return update.transpose(1, 2).reshape(number, rows, columns).float()
