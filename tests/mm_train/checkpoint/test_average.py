@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from mm_train import export
 from mm_train.checkpoint.__main__ import main
 from mm_train.checkpoint.average import average, weights
 from mm_train.checkpoint.convert import convert
@@ -12,6 +11,7 @@ from mm_train.checkpoint.folders import complete
 from mm_train.checkpoint.reader import Reader
 from mm_train.checkpoint.writer import Writer
 from mm_train.cli import UserError
+from mm_train.export import __main__ as export
 from mm_train.inventory import is_buffer
 from mm_train.model_folder import load_model
 from mm_train.train import train
