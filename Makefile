@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ARGS ?=
 GPU_PYTHON ?=
 SIZES ?= s m l
-EXTRAS := distributed,data,quality,tracking,eval,hf,device,report,llama3,kernels,peers,dev
+EXTRAS := distributed,data,quality,tracking,eval,hf,device,report,law,llama3,kernels,peers,dev
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 BIN := .venv/bin
 ON_GPU := $(or $(GPU_PYTHON),$(BIN)/python)

@@ -102,13 +102,13 @@ def read_plan(args: argparse.Namespace) -> Plan:
         if key in words:
             setattr(getattr(cfg, section), key, words[key])
     if args.context is not None:
-        cfg.data.seq_len = round(_number("--context", args.context, thousand=1024, example="2048 or 2k"))
+        cfg.data.seq_len = round(number("--context", args.context, thousand=1024, example="2048 or 2k"))
     if args.tokens is not None:
-        cfg.train.tokens = round(_number("--tokens", args.tokens, thousand=1000, example="6e12 or 500B"))
+        cfg.train.tokens = round(number("--tokens", args.tokens, thousand=1000, example="6e12 or 500B"))
     rules.validate_training(cfg)
     if given.stage:
         rules.validate_stage(cfg)
-    mfu = _number("--mfu", args.mfu, thousand=1000, example="0.4")
+    mfu = number("--mfu", args.mfu, thousand=1000, example="0.4")
     if not LEAST_MFU <= mfu <= 1:
         raise UserError(f"--mfu is {args.mfu}; it is a share of the GPU's peak, {LEAST_MFU:g} to 1")
     gpus = words.get("gpus", cfg.parallel.expert_parallel * cfg.parallel.tensor_parallel)
@@ -220,7 +220,7 @@ def _whole(name: str, value: str) -> int:
         raise UserError(f"{name} is {value!r:.60}; it must be a whole number") from None
 
 
-def _number(name: str, value: str, thousand: int, example: str) -> float:
+def number(name: str, value: str, thousand: int, example: str) -> float:
     """A finite number, plain or with k, M, B or T behind it: powers of `thousand`."""
     power = "kmbt".find(value[-1:].lower()) + 1 if value else 0
     try:

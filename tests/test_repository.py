@@ -28,7 +28,7 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {  # files or folders that alone may
     "wandb": "mm_train/metrics.py",
     "wandb_workspaces": "mm_train/dashboard.py",
 }
-DOCUMENTS = ("architecture", "dashboard", "device", "kernels", "training")
+DOCUMENTS = ("architecture", "dashboard", "device", "kernels", "scaling_law", "training")
 TORCH_FREE = (
     "alerts",
     "anomalies",
@@ -64,6 +64,8 @@ TORCH_FREE = (
     "run_facts",
     "run_folder",
     "scaling_law.ablation",
+    "scaling_law.fit",
+    "scaling_law.plan",
     "scaling_law.spec",
     "scaling_law.sweep",
     "shard_file",
