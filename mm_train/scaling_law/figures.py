@@ -125,7 +125,7 @@ def _pareto(law: Law, runs: Runs, path: Path, label: str) -> None:
                 axis.annotate(f" {target:.3f}", points[-1], color=INK, fontsize=8)
         logarithmic(axis, "inference FLOPs a token, 2 N", "int4 weights, bytes", both=True)
         if curves:
-            axis.legend()
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _targets(losses: Sequence[Array]) -> Array:

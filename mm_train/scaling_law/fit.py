@@ -116,12 +116,11 @@ def _chosen(args: argparse.Namespace, runs: Runs) -> Runs:
         wanted = getattr(args, name)
         if wanted is None:
             continue
-        column = getattr(runs, name)
-        keep = (column == wanted) | ((runs.expansion == 1) & (name in X))
-        if not keep.any():
-            found = ", ".join(f"{value:g}" for value in runs.values(name))
+        column, concerned = getattr(runs, name), runs.sparse if name in X else runs
+        if wanted not in concerned.values(name):
+            found = ", ".join(f"{value:g}" for value in concerned.values(name)) or "none"
             raise UserError(f"{args.runs} has no run with {name} {wanted:g}; it has {found}")
-        runs = runs.where(keep)
+        runs = runs.where((column == wanted) | ((runs.expansion == 1) & (name in X)))
     return runs
 
 
