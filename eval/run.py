@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
 
     suites = load_suites()
     benchmarks = select(suites, args.tasks)
-    published = {name: value for suite in suites.values() for name, value in suite.published.items()}
+    published = {name: scores["average"] for suite in suites.values() for name, scores in suite.published.items()}
     mirror = Mirror(args.data)
     if args.list:
         print_list(benchmarks, mirror)

