@@ -7,6 +7,7 @@ Both sides run one after the other, benchmark by benchmark; every answer is comp
 """
 
 import sys
+from pathlib import Path
 
 from eval.mirror import Mirror, MissingDataError
 from eval.suite import load_suites, select
@@ -19,7 +20,9 @@ TASKS = "hellaswag,arc_challenge,mmlu,boolq,gsm8k"
 @command
 def main(argv: list[str] | None = None) -> int:
     """Command line: see --help."""
-    args = arguments("python -m eval.bench", __doc__, TASKS, 100).parse_args(argv)
+    parser = arguments("python -m eval.bench", __doc__, TASKS, 100)
+    parser.add_argument("--model", type=Path, required=True, help="a release folder, or a Hugging Face folder")
+    args = parser.parse_args(argv)
     benchmarks = [b for b in select(load_suites(), args.tasks) if b.kind != "code"]
     lm, theirs = both(args)
     mirror, found = Mirror(args.data), []

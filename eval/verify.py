@@ -113,7 +113,6 @@ def arguments(prog: str, description: str | None, tasks: str, items: int) -> arg
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="a release folder, or a Hugging Face folder")
     parser.add_argument("--hf", action="store_true", help="run our side through transformers, too (as hf:MODEL)")
     parser.add_argument("--tasks", default=tasks, help="as for eval.run (default: %(default)s)")
     parser.add_argument("--items", type=positive, default=items, help="of each benchmark (default: %(default)s)")
@@ -150,7 +149,9 @@ def both(args: argparse.Namespace) -> tuple[Any, Any]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Command line: see --help."""
-    args = arguments("python -m eval.verify", __doc__, "paper14", 100).parse_args(argv)
+    parser = arguments("python -m eval.verify", __doc__, "paper14", 100)
+    parser.add_argument("--model", type=Path, required=True, help="a release folder, or a Hugging Face folder")
+    args = parser.parse_args(argv)
     benchmarks = [b for b in select(load_suites(), args.tasks) if b.kind != "code"]
     lm, theirs = both(args)
     mirror, failed = Mirror(args.data), 0

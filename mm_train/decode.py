@@ -37,8 +37,8 @@ def generate(
     token; otherwise sampling is from the smallest set of tokens whose probability reaches `top_p`; row k draws from a
     random stream of its own, seeded `seed` + k. `cache` (one prompt only) holds keys and values of the prompt's
     beginning, of fewer tokens than the prompt; it is filled further. `prefix` holds those that all prompts begin with,
-    in one row, fewer tokens than the shortest has; it stays as it is. `ended(row, token)` is told of every token that is
-    yielded, and ends the row by saying so. Raises UserError for an empty prompt and for one that fills the context.
+    in one row, fewer tokens than the shortest has; it stays as it is. `ended(row, token)` is told of every token, and
+    ends the row by saying so. Raises UserError for an empty prompt and for one that fills the context.
     """
     context = model.config.max_position_embeddings
     for prompt in prompts:
