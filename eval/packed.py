@@ -1,7 +1,8 @@
 """The engine for this project's models: rows that are tries, shared prefixes, the head only where something is scored.
 
-Batches are made of rows of like length and hold at most `batch_tokens` tokens. Experts take what the router sends them
-(dropless: nothing is dropped outside of training), so an answer does not depend on what else is in its batch.
+Batches are made of rows of like length; those to be scored hold at most `batch_tokens` tokens. Experts take what the
+router sends them (dropless: nothing is dropped outside of training), so an answer does not depend on what else is in
+its batch.
 
 Shapes: B rows, T columns of a row, S columns that it sees (prefix included), N scored positions, V vocabulary.
 """
@@ -20,7 +21,9 @@ from mm_train.kv_cache import KVCache
 from mm_train.model import MobileMoE
 
 HEAD_ELEMENTS = 2**26  # logits held at once, 256 MiB in float32
-CACHED_PER_TOKEN = 8  # of a batch of prompts: so many times `batch_tokens` fit into its key-value cache
+# A batch of prompts may have more tokens, because nearly all of its steps are of one token a row: so many times
+# `batch_tokens` at first, and so many in its key-value cache.
+PROMPT_FACTOR, CACHE_FACTOR = 4, 8
 
 Likelihood = tuple[float, bool]  # nats, and whether greedy decoding gives exactly this
 
@@ -156,8 +159,8 @@ class PackedEngine:
             start = 0
             while start < len(indices):
                 length = max(len(rows[index]) for index in indices[start:])
-                room = CACHED_PER_TOKEN * self.batch_tokens // (length + prompts[indices[start]].max_new)
-                size = max(1, min(self.batch_tokens // (length - prefix), room))
+                room = CACHE_FACTOR * self.batch_tokens // (length + prompts[indices[start]].max_new)
+                size = max(1, min(PROMPT_FACTOR * self.batch_tokens // (length - prefix), room))
                 yield self._write(indices[start:][:size], prompts, cache)
                 start += size
 
