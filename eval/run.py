@@ -81,6 +81,7 @@ def run(args: argparse.Namespace, benchmarks: list[Benchmark], mirror: Mirror, o
         "format": subject.facts["format"],
         "facts": subject.facts,
         "limit": args.limit,
+        "suite": suite_of(benchmarks),
         "tasks": tasks,
         **averages(tasks),
         "seconds": round(time.monotonic() - started, 1),
@@ -89,6 +90,12 @@ def run(args: argparse.Namespace, benchmarks: list[Benchmark], mirror: Mirror, o
         "ranks": ranks.world,
         "versions": {**versions(), "data": mirror.sha256},
     }
+
+
+def suite_of(benchmarks: list[Benchmark]) -> str | None:
+    """The suite that these benchmarks are, whole."""
+    names = {benchmark.name for benchmark in benchmarks}
+    return next((s.name for s in load_suites().values() if {b.name for b in s.benchmarks} == names), None)
 
 
 def positive(text: str) -> int:

@@ -18,7 +18,7 @@ from mm_train.release import save_release
 MULTIPLE_CHOICE = ["hellaswag", "piqa", "siqa", "winogrande", "mmlu", "arc_easy", "arc_challenge"]
 MULTIPLE_CHOICE += ["openbookqa", "boolq"]
 GENERATIVE = ["nq", "triviaqa", "drop", "gsm8k"]
-KEYS = {"model", "format", "facts", "limit", "tasks", "average", "average_complete", "centred_average"}
+KEYS = {"model", "format", "facts", "limit", "suite", "tasks", "average", "average_complete", "centred_average"}
 KEYS |= {"bits_per_byte_average", "seconds", "tokens", "padding", "ranks", "versions"}
 NO_NETWORK = """
 import sys
@@ -69,6 +69,7 @@ def test_all_benchmarks_without_touching_the_network(mirror, release, tmp_path):
     found = results(tmp_path)
     assert found["format"] == "int4"
     assert found["limit"] == 2
+    assert found["suite"] == "paper14"
     assert set(found) == KEYS
     tasks = found["tasks"]
     assert len(tasks) == 14

