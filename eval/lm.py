@@ -1,146 +1,127 @@
-"""Scores text with a language model: what lm-eval asks of one, without its memory bill.
+"""Answers a benchmark's requests with a model: shared among ranks, kept in a log, never computed twice."""
 
-Rows of a batch are of like length and share a budget of tokens; the head runs only where a continuation is predicted,
-so a batch never holds logits for a whole prompt. Right padding needs no mask, because the model is causal.
-"""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from eval.item_log import Answer, ItemLog
+from eval.packed import Likelihood, Work
+from eval.ranks import Ranks
+from eval.sequences import Codec, Prompt, Request, Scored, encode
+from eval.tries import order_key
 from mm_train.tokenizer import Tokenizer
 
-ENCODE_CHUNK = 1024  # requests encoded at once: bounds the memory of Python's lists of ids
-HEAD_ELEMENTS = 2**26  # logits held at once, 256 MiB in float32
 
+class Engine(Protocol):
+    """What a model is asked for. Answers come batch by batch, by number of the sequence."""
 
-class ModelConfig(Protocol):
-    """What is read of a model's configuration."""
-
-    max_position_embeddings: int
-
-
-class Model(Protocol):
-    """What is asked of a model: causal, and independent of what else is in the batch."""
+    context: int
+    work: Work
 
     @property
-    def config(self) -> ModelConfig:
-        """Its configuration."""
+    def codec(self) -> Codec:
+        """Its tokenizer."""
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Final hidden states [B, T, D]."""
+    def score(self, sequences: Sequence[Scored]) -> Iterator[dict[int, Likelihood]]:
+        """Log-likelihoods."""
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """The head: [N, D] -> [N, V]."""
-
-
-class Request(Protocol):
-    """lm-eval's Instance, as far as it is read here."""
-
-    args: tuple[str, str]  # context, continuation
+    def write(self, prompts: Sequence[Prompt]) -> Iterator[dict[int, str]]:
+        """Continuations."""
 
 
-class _Target(NamedTuple):
-    """What one request wants scored on a row: the ids that follow its last positions."""
+class OwnCodec:
+    """This project's tokenizer: BOS, then the text."""
 
-    request: int
-    ids: np.ndarray
-
-
-class _Row(NamedTuple):
-    """Input ids and all that is scored on them: choices of a single token share one row."""
-
-    ids: np.ndarray
-    targets: list[_Target]
-
-
-class MobileMoELM:
-    """Log-likelihoods by any model that fulfils `Model`, with lm-eval's conventions.
-
-    A context always begins with the tokenizer's BOS. What does not fit into the model's context is cut on the left,
-    BOS included, as lm-eval does; `num_truncated` counts such requests.
-    """
-
-    def __init__(
-        self, model: Model, tokenizer: Tokenizer, *, batch_tokens: int, device: str | torch.device = "cpu"
-    ) -> None:
-        """`batch_tokens`: most tokens in a batch, padding included (one row is always taken)."""
-        self.model = model
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens
-        self.device = device
-        self.num_truncated = 0
+        self.eos_text = tokenizer.decode([tokenizer.eos_id], skip_special=False)
+        self.stop_ids: tuple[int, ...] = tokenizer.stop_ids
+        self.sha256 = tokenizer.sha256
+        self.first = [tokenizer.bos_id]
 
-    def loglikelihood(self, requests: Sequence[Request], desc: str = "scoring") -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's log-probability in nats, and whether greedy decoding
-        would give exactly it. `desc` is the label of the progress bar."""
-        rows = self._encode([request.args for request in requests])
-        rows.sort(key=lambda row: len(row.ids), reverse=True)  # the longest first: memory trouble shows at once
-        answers: dict[int, tuple[float, bool]] = {}
-        total = sum(len(row.ids) for row in rows)
-        with tqdm(total=total, desc=desc, unit="token", unit_scale=True, disable=None) as bar:
-            start = 0
-            while start < len(rows):
-                batch = rows[start:][: max(1, self.batch_tokens // len(rows[start].ids))]
-                answers |= self._score(batch)
-                start += len(batch)
-                bar.update(sum(len(row.ids) for row in batch))
-        return [answers[index] for index in range(len(requests))]
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, after BOS."""
+        return [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(texts)]
 
-    def _encode(self, pairs: Sequence[tuple[str, str]]) -> list[_Row]:
-        longest = self.model.config.max_position_embeddings
-        targets: dict[bytes, list[_Target]] = {}  # by input ids
-        for start in range(0, len(pairs), ENCODE_CHUNK):
-            # lm-eval's boundary: spaces at the end of the context belong to the continuation, and the text is encoded
-            # as a whole, because tokens need not end where the context does.
-            chunk = [
-                (context.rstrip(), context + continuation) for context, continuation in pairs[start:][:ENCODE_CHUNK]
-            ]
-            texts = list(dict.fromkeys(text for pair in chunk for text in pair))
-            ids = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-            for request, (context, whole) in enumerate(chunk, start):
-                num_targets = len(ids[whole]) - len(ids[context])
-                if num_targets < 1:
-                    raise ValueError(f"no token to score after the context {context[-80:]!r} in {whole[-80:]!r}")
-                sequence = np.array([self.tokenizer.bos_id, *ids[whole]], dtype=np.int32)
-                self.num_truncated += len(sequence) > longest + 1
-                sequence = sequence[-(longest + 1) :]
-                target = _Target(request, sequence[1:][-num_targets:])
-                targets.setdefault(sequence[:-1].tobytes(), []).append(target)
-        return [_Row(np.frombuffer(key, np.int32), wanted) for key, wanted in targets.items()]
+    def encode_alone(self, text: str) -> list[int]:
+        """Ids of a text without BOS."""
+        return self.tokenizer.encode(text)
 
-    @torch.inference_mode()
-    def _score(self, batch: list[_Row]) -> dict[int, tuple[float, bool]]:
-        """Run one batch, longest row first; answers by request."""
-        tokens_BT = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
-        rows, columns = [], []
-        for index, row in enumerate(batch):
-            length = len(row.ids)
-            tokens_BT[index, :length] = row.ids
-            for target in row.targets:
-                rows.append(torch.full((len(target.ids),), index))
-                columns.append(torch.arange(length - len(target.ids), length))
-        wanted = [target for row in batch for target in row.targets]
-        hidden_BTD = self.model.hidden(torch.from_numpy(tokens_BT).to(self.device))
-        hidden_ND = hidden_BTD[torch.cat(rows).to(self.device), torch.cat(columns).to(self.device)]
-        target_N = torch.from_numpy(np.concatenate([target.ids for target in wanted])).long().to(self.device)
-        logprob_N, greedy_N = self._head(hidden_ND, target_N)
-        sizes = [len(target.ids) for target in wanted]
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens left out."""
+        return self.tokenizer.decode(ids)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers in the order of the requests; how many were cut to the context, or may write less than asked."""
+
+    answers: list[Answer]
+    num_cut: int
+    num_shortened: int
+
+
+class LM:
+    """A model with all that is kept about it."""
+
+    def __init__(self, engine: Engine, log: ItemLog | None = None, ranks: Ranks | None = None) -> None:
+        self.engine, self.log, self.ranks = engine, log, ranks
+        self.kept: dict[str, Answer] = {}
+        # A file system may show one rank what another one does not see yet.
+        for answers in self._gather(log.answers if log else {}):
+            self.kept |= answers
+
+    def answer(self, requests: Sequence[tuple[int, Request]], desc: str = "requests") -> Answers:
+        """Requests with the number of their document. All ranks pass the same and get all answers.
+
+        `desc` is the label of the progress bar. Raises ValueError for a request with nothing to score.
+        """
+        items = encode(requests, self.engine.codec, self.engine.context)
+        keys = [item.key for item in items]
+        todo = {key: item for key, item in zip(keys, items, strict=True) if key not in self.kept}
+        new = self._compute(self._mine(todo), desc)
+        for others in self._gather(new):
+            self.kept |= others
+        return Answers(
+            [self.kept[key] for key in keys],
+            sum(item.cut for item in items),
+            sum(isinstance(item, Prompt) and item.shortened for item in items),
+        )
+
+    def _gather(self, answers: dict[str, Answer]) -> list[dict[str, Answer]]:
+        return [answers] if self.ranks is None else self.ranks.gather(answers)
+
+    def _mine(self, todo: dict[str, Any]) -> dict[str, Any]:
+        """This rank's share: whole documents, in an order that keeps those together which begin alike, so many that
+        every rank gets about as many tokens."""
+        if self.ranks is None or self.ranks.world == 1:
+            return todo
+        groups: dict[int, list[str]] = {}
+        for key, item in todo.items():
+            groups.setdefault(item.group, []).append(key)
+        ordered = sorted(groups.values(), key=lambda keys: order_key(todo[keys[0]].inputs))
+        ends = list(accumulate(sum(len(todo[key].ids) for key in keys) for keys in ordered))
+        share = (ends[-1] if ends else 0) / self.ranks.world
         return {
-            target.request: (float(logprob.sum()), bool(greedy.all()))
-            for target, logprob, greedy in zip(wanted, logprob_N.split(sizes), greedy_N.split(sizes), strict=True)
+            key: todo[key]
+            for keys, end in zip(ordered, ends, strict=True)
+            if min(int((end - 1) / share), self.ranks.world - 1) == self.ranks.rank
+            for key in keys
         }
 
-    def _head(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target (float64, on the CPU), and whether it is the most probable token."""
-        size = max(1, HEAD_ELEMENTS // self.tokenizer.vocab_size)
-        logprobs, greedy = [], []
-        for hidden, target in zip(hidden_ND.split(size), target_N.split(size), strict=True):
-            logits = self.model.logits(hidden).float()
-            logprobs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
-            greedy.append(logits.argmax(1) == target)
-        return torch.cat(logprobs).double().cpu(), torch.cat(greedy).cpu()
+    def _compute(self, todo: dict[str, Any], desc: str) -> dict[str, Answer]:
+        new: dict[str, Answer] = {}
+        quiet = True if self.ranks is not None and not self.ranks.is_main else None  # None: on a terminal only
+        with tqdm(total=len(todo), desc=desc, unit="request", disable=quiet) as bar:
+            for kind, run in ((Scored, self.engine.score), (Prompt, self.engine.write)):
+                keys = [key for key, item in todo.items() if isinstance(item, kind)]
+                for batch in run([todo[key] for key in keys]):
+                    answers: dict[str, Answer] = {keys[number]: answer for number, answer in batch.items()}
+                    if self.log is not None:
+                        self.log.add(answers)
+                    new |= answers
+                    bar.update(len(answers))
+        return new

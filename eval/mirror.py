@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.suite import DatasetRef
+from eval.suite import Benchmark, DatasetRef
 from mm_train.cli import UserError
 from mm_train.files import write_atomic
 
 INDEX = "mirror.json"
-FORMAT = 1  # raise it when the meaning of the files changes: prepare_data then builds them anew
+FORMAT = 2  # raise it when the meaning of the files changes: prepare_data then builds them anew
 
 
 class MissingDataError(Exception):
@@ -33,7 +33,7 @@ class Mirror:
         self.folder = folder
         self.sha256 = ""  # of the list of files with their hashes
         self.source = ""
-        self.files: dict[str, dict[str, Any]] = {}  # "PATH/NAME/SPLIT" -> items, bytes, sha256
+        self.files: dict[str, dict[str, Any]] = {}  # "PATH/NAME/SPLIT" -> items, bytes, sha256, source, note
         index = folder / INDEX
         if index.is_file():
             try:
@@ -52,6 +52,23 @@ class Mirror:
             for key, entry in self.files.items()
             if key.startswith(prefix) and key.endswith(f"/{dataset.split}")
         )
+
+    def entries(self, benchmark: Benchmark) -> dict[str, dict[str, Any]]:
+        """What a benchmark reads: the files of its data set and configuration."""
+        ref = benchmark.dataset
+        prefix = f"{ref.path}/{ref.name}/" if ref.name else f"{ref.path}/"
+        splits = {ref.split, benchmark.examples}
+        return {k: e for k, e in self.files.items() if k.startswith(prefix) and k.rpartition("/")[2] in splits}
+
+    def notes(self, benchmark: Benchmark) -> list[str]:
+        """In what a benchmark's data differs from the hub's, by split."""
+        noted = [(key.rpartition("/")[2], entry["note"]) for key, entry in self.entries(benchmark).items()]
+        return list(dict.fromkeys(f"{split}: {note}" for split, note in noted if note))
+
+    def data_hash(self, benchmark: Benchmark) -> str:
+        """Hash of all that a benchmark reads."""
+        hashes = {key: entry["sha256"] for key, entry in self.entries(benchmark).items()}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
     def load_dataset(self, path: str, name: str | None = None, split: str | None = None, **_: Any) -> Any:
         """What `datasets.load_dataset` would give: the splits by name, or one split.

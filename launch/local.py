@@ -1,6 +1,7 @@
 """Start N training processes on this machine, pass signals on, and leave none behind. launch/local.sh runs it.
 
     python launch/local.py NUM_PROCESSES FILE.yaml ... key=value ...
+    python launch/local.py NUM_PROCESSES -m MODULE ...       another command than training, eval.run for one
 
 SIGTERM and SIGUSR1, and SIGHUP of a terminal that closes, ask every rank to write a checkpoint and leave; Ctrl-C ends
 them at once. When a rank fails the others get SIGTERM, and SIGKILL after GRACE_SECONDS: without it they would wait for
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 
-USAGE = "usage: launch/local.sh NUM_PROCESSES FILE.yaml ... key=value ..."
+USAGE = "usage: launch/local.sh NUM_PROCESSES FILE.yaml ... key=value ... (or: NUM_PROCESSES -m MODULE ...)"
 MODULE = ["-m", "mm_train.train"]
 STOPPED = 75  # exit status of a rank that stopped on request: mm_train.stopping
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> int:
     with Wakeup([*PASSED_ON, signal.SIGINT, signal.SIGCHLD]) as wakeup:
         ranks = Ranks()
         try:
-            ranks.start(int(argv[0]), [sys.executable, *MODULE, *argv[1:]])
+            module = [] if argv[1:2] == ["-m"] else MODULE
+            ranks.start(int(argv[0]), [sys.executable, *module, *argv[1:]])
             return ranks.wait(wakeup)
         finally:
             ranks.send(signal.SIGKILL)  # nobody is left, unless this program has a fault

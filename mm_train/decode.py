@@ -26,6 +26,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     cache: KVCache | None = None,
+    prefix: KVCache | None = None,
+    ended: Callable[[int, int], bool] | None = None,
 ) -> Iterator[dict[int, int]]:
     """Write on from several prompts at once. Each step yields {number of the prompt: its next token id}.
 
@@ -34,8 +36,9 @@ def generate(
     weights on a CPU (kernels.linear), and may tip the balance between two tokens. `temperature` 0 takes the likeliest
     token; otherwise sampling is from the smallest set of tokens whose probability reaches `top_p`; row k draws from a
     random stream of its own, seeded `seed` + k. `cache` (one prompt only) holds keys and values of the prompt's
-    beginning, of fewer tokens than the prompt; it is filled further. Raises UserError for an empty prompt and for one
-    that fills the context.
+    beginning, of fewer tokens than the prompt; it is filled further. `prefix` holds those that all prompts begin with,
+    in one row, fewer tokens than the shortest has; it stays as it is. `ended(row, token)` is told of every token, and
+    ends the row by saying so. Raises UserError for an empty prompt and for one that fills the context.
     """
     context = model.config.max_position_embeddings
     for prompt in prompts:
@@ -46,10 +49,13 @@ def generate(
     budgets = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     if cache is None:
         cache = model.new_cache(len(prompts), longest + max(budgets), padding)
+        if prefix is not None:
+            cache.begin_with(prefix)
     device = model.model.embed_tokens.weight.device
     pick = _picker(temperature, top_p, [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))])
-    padded = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-    tokens_BT = torch.tensor([row[cache.length :] for row in padded], device=device)
+    known = cache.length
+    padded = [[0] * pad + list(prompt[known:]) for pad, prompt in zip(padding, prompts, strict=True)]
+    tokens_BT = torch.tensor(padded, device=device)
     rows = list(range(len(prompts)))  # which prompts are still being written; their rows in the cache
     for step in range(1, max(budgets) + 1):
         logits_BV = model.logits(model.hidden(tokens_BT, cache)[:, -1])
@@ -57,7 +63,8 @@ def generate(
         written = {row: token for row, token in zip(rows, tokens, strict=True) if token not in stop_ids}
         if written:
             yield written
-        going = [i for i, row in enumerate(rows) if row in written and step < budgets[row]]
+        over = {row for row, token in written.items() if ended and ended(row, token)}
+        going = [i for i, row in enumerate(rows) if row in written and row not in over and step < budgets[row]]
         if not going:
             return
         if len(going) < len(rows):

@@ -13,7 +13,8 @@ from mm_train import config
 class KVCache:
     """Room for `capacity` columns of each row.
 
-    Attributes: `length` columns filled; `padding_B` columns of padding on the left of each row, or None.
+    Attributes: `length` columns filled; `padding_B` columns of padding of each row, or None; `shared` columns that all
+    rows have in common lie to the left of it.
     """
 
     def __init__(
@@ -30,8 +31,18 @@ class KVCache:
         self._keys = torch.empty(shape, dtype=dtype, device=device).unbind(0)
         self._values = torch.empty(shape, dtype=dtype, device=device).unbind(0)
         self.capacity = capacity
-        self.length = 0
+        self.length = self.shared = 0
         self.padding_B = torch.tensor(padding, device=device) if padding and any(padding) else None
+
+    def begin_with(self, prefix: "KVCache") -> None:
+        """Fill the first columns of every row with what the one row of `prefix` holds; this cache must be empty."""
+        self.length = self.shared = prefix.length
+        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+            keys[:, :, : self.length], values[:, :, : self.length] = prefix.filled(layer)
+
+    def filled(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values so far, [B, G, S, C] views."""
+        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
 
     def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values; returns all of them, [B, G, S, C] views. `advance` ends the step.
@@ -81,5 +92,6 @@ class KVCache:
         mask_BTS = (key_S <= query_T1)[None]
         if self.padding_B is not None:
             # A padding column sees itself: attention over nothing would be NaN and spread.
-            mask_BTS = mask_BTS & ((key_S >= self.padding_B[:, None, None]) | (key_S == query_T1))
+            padding_B11 = self.padding_B[:, None, None] + self.shared
+            mask_BTS = mask_BTS & ((key_S < self.shared) | (key_S >= padding_B11) | (key_S == query_T1))
         return mask_BTS

@@ -142,7 +142,8 @@ def score_line(report: Report) -> str:
         return "not run yet"
     limit, average = report.evaluation["limit"], report.evaluation["average"]
     extent = f"at most {limit} items each" if limit else "all items"
-    return f"{report.evaluation['format']} weights, {extent}, average {decimal(average) or 'none'}"
+    part = "" if report.evaluation.get("average_complete", True) else " over what ran"
+    return f"{report.evaluation['format']} weights, {extent}, average {decimal(average) or 'none'}{part}"
 
 
 def release_line(report: Report) -> str:

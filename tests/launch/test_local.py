@@ -1,6 +1,7 @@
 """launch/local.sh: N processes, signals passed on, one clear error, the status of the first that fails, no orphans."""
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -216,3 +217,9 @@ def test_two_processes_stop_together_and_the_same_command_continues(small_config
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"resuming after step {step} " in done.stdout
     assert [record["step"] for record in read_metrics(small_config.run.dir)["train"]] == list(range(1, steps + 1))
+
+
+def test_another_module_than_training():
+    done = subprocess.run([ROOT / "launch/local.sh", "2", "-m", "platform", "terse"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [platform.platform(True, True)] * 2

@@ -50,3 +50,20 @@ def test_columns_can_be_forgotten_and_rows_dropped(model, tokens):
     cache.keep_rows([1])
     got = model.hidden(tokens[1:, 20:], cache)
     torch.testing.assert_close(got, model.hidden(tokens)[1:, 20:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_beginning_that_all_rows_share_is_computed_once(model, tokens):
+    prefix = model.new_cache(1, 10)
+    model.hidden(tokens[:1, :10], prefix)
+    rests, padding = [tokens[0, 10:25], tokens[1, 10:22]], [0, 3]
+    cache = model.new_cache(2, 40, padding)
+    cache.begin_with(prefix)
+    padded = torch.stack(
+        [torch.cat([torch.zeros(pad, dtype=torch.long), rest]) for pad, rest in zip(padding, rests, strict=True)]
+    )
+    got = torch.cat([model.hidden(padded[:, :14], cache), model.hidden(padded[:, 14:], cache)], 1)
+    for row, (pad, rest) in enumerate(zip(padding, rests, strict=True)):
+        whole = model.hidden(torch.cat([tokens[0, :10], rest])[None])[0, 10:]
+        torch.testing.assert_close(got[row, pad:], whole, rtol=1e-4, atol=1e-5)
+    assert prefix.length == 10

@@ -1,0 +1,48 @@
+"""Tokens through the model and seconds, beside lm-eval's own Hugging Face path on the same weights and items.
+
+    python -m eval.bench --model RELEASE
+
+Items are the first of each benchmark, part by part, so that few-shot prompts are shared as in a complete evaluation.
+Both sides run one after the other, benchmark by benchmark; every answer is compared as well (eval.verify).
+"""
+
+import sys
+from pathlib import Path
+
+from eval.mirror import Mirror, MissingDataError
+from eval.suite import load_suites, select
+from eval.verify import HEADER, arguments, both, compare, line
+from mm_train.cli import command
+
+TASKS = "hellaswag,arc_challenge,mmlu,boolq,gsm8k"
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Command line: see --help."""
+    parser = arguments("python -m eval.bench", __doc__, TASKS, 100)
+    parser.add_argument("--model", type=Path, required=True, help="a release folder, or a Hugging Face folder")
+    args = parser.parse_args(argv)
+    benchmarks = [b for b in select(load_suites(), args.tasks) if b.kind != "code"]
+    lm, theirs = both(args)
+    mirror, found = Mirror(args.data), []
+    print(HEADER)
+    for benchmark in benchmarks:
+        try:
+            found.append(compare(benchmark, mirror, lm, theirs, args.items, args.max_new, dealt=False))
+        except MissingDataError as error:
+            print(f"{benchmark.name:<14} missing: {error}", flush=True)
+            continue
+        print(line(benchmark.name, found[-1]), flush=True)
+    tokens = [sum(c.our_tokens for c in found), sum(c.their_tokens for c in found)]
+    seconds = [sum(c.our_seconds for c in found), sum(c.their_seconds for c in found)]
+    if found:
+        print(
+            f"all: {tokens[0]:,} tokens against {tokens[1]:,}, {tokens[1] / tokens[0]:.1f} times fewer; "
+            f"{seconds[0]:.1f} s against {seconds[1]:.1f} s, {seconds[1] / seconds[0]:.1f} times faster"
+        )
+    return 0 if all(c.equal for c in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
