@@ -122,7 +122,7 @@ class SourcePlan:
         """Identifies the shards of this source."""
         return digest(self.key, tokenizer.sha256, shard_tokens)
 
-    def jobs(self, split: str, tokenizer: Tokenizer, engine: Engine, shard_tokens: int) -> list[Job]:
+    def jobs(self, split: str, tokenizer: Tokenizer, engine: Engine, frame: Frame, shard_tokens: int) -> list[Job]:
         """The encoding of a split: a job for each part of the training text, one for all that is held out."""
         source = self.config
         facts: dict[str, Any] = {
@@ -145,7 +145,7 @@ class SourcePlan:
                 split=split,
                 chosen=group,
                 engine=engine,
-                frame=Frame.of(tokenizer),
+                frame=frame,
                 row_length=source.row_length,
                 shard_tokens=shard_tokens,
                 number=None if len(groups) == 1 else number,

@@ -23,9 +23,10 @@ class Frame:
     headers: dict[str, list[int]]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Frame":
-        """Those of `tokenizer`."""
-        return cls(tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.pad_id, tokenizer.headers)
+    def of(cls, tokenizer: Tokenizer, encode: Encode) -> "Frame":
+        """Those of `tokenizer`; `encode` is a function that tokenises as it does."""
+        headers = tokenizer.headers_by(lambda text: encode([text])[0].tolist())
+        return cls(tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.pad_id, headers)
 
 
 def render(

@@ -128,7 +128,7 @@ def missing(folder: str) -> UserError:
 def parse_manifest(data: bytes, file: str) -> Manifest:
     """The manifest out of the content of `file`. Raises UserError when it is damaged or of another format."""
     try:
-        with _no_garbage_collection():
+        with no_garbage_collection():
             manifest = _parse(data, file)
             _check(manifest)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -152,8 +152,8 @@ def _parse(data: bytes, file: str) -> Manifest:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Hundreds of thousands of objects are made that stay: looking through them for cycles doubles the time."""
+def no_garbage_collection() -> Iterator[None]:
+    """For making hundreds of thousands of objects that stay: looking through them for cycles doubles the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

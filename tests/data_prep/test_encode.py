@@ -45,13 +45,14 @@ def make_job(byte_tokenizer, tmp_path):
             "row_length": row_length,
             "has_mask": row_length is not None,
         }
+        engine = Engine("tokenizers", tmp_path / "tokenizer", byte_tokenizer.sha256)
         job = {
             "folder": tmp_path / f"{name}-job",
             "source": "a",
             "split": "train",
             "chosen": [Chosen(spool, np.arange(len(documents)), 0)],
-            "engine": Engine("tokenizers", tmp_path / "tokenizer", byte_tokenizer.sha256),
-            "frame": Frame.of(byte_tokenizer),
+            "engine": engine,
+            "frame": Frame.of(byte_tokenizer, engine.load()),
             "row_length": row_length,
             "shard_tokens": 1 << 25,
             "number": None,

@@ -216,14 +216,15 @@ def test_ranks_share_a_preparation(config, tmp_path, capsys):
     assert files(tmp_path / "again") == files(tmp_path / "whole")
 
 
-def test_workers_die_with_a_killed_parent(tmp_path):
+@pytest.mark.parametrize("forked", [False, True])
+def test_workers_die_with_a_killed_parent(tmp_path, forked):
     script = (
         "import time\n"
         "from data_prep.workers import processes\n"
         "if __name__ == '__main__':\n"
         "    import os\n"
-        "    with processes(1) as pool:\n"
-        "        print(pool.executor.submit(os.getpid).result(), flush=True)\n"
+        f"    with processes(2, {forked}) as pool:\n"
+        "        print(pool.call(os.getpid), flush=True)\n"
         "        time.sleep(60)\n"
     )
     file = tmp_path / "parent.py"
