@@ -36,7 +36,6 @@ EXAMPLES = """examples:
   python -m data_prep.bench --text text
   python -m data_prep.bench --megabytes 20 --only ours
 """
-STARTS = 3  # of each pipeline with a short document, in turns
 SUFFIXES = (".txt", ".rst", ".md", ".html", ".pod", ".py", ".txt.gz", ".rst.gz", ".html.gz", ".3perl.gz")
 
 
@@ -208,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             results[name].cpu.append(cpu)
             if number:
                 shutil.rmtree(place / f"out-{number}")
-        for number, name in enumerate(names * STARTS):
+        for number, name in enumerate(turns(names, arguments.repeats)):
             results[name].start.append(
                 measure(name, place / "short", place / "tokenizer", place / f"start-{number}")[0]
             )
