@@ -74,7 +74,7 @@ class SourceConfig:
     max_validation_bytes: int | None = None  # the same for held-out text
 
     # What it becomes
-    layout: str = "stream"  # stream: documents in a row | packed: whole documents fitted into rows, with a loss mask
+    layout: str = "stream"  # stream: documents in a row | packed: whole documents fitted into rows
     row_length: int | None = None  # packed: tokens a row, one more than the sequence length
 
 

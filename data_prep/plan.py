@@ -102,6 +102,11 @@ class SourcePlan:
         """What was left out before tokenising."""
         return self._choice[1]
 
+    @cached_property
+    def has_conversations(self) -> bool:
+        """Whether there are any: of these, not every token is trained on."""
+        return any(bool(np.load(part / "index.npy")["chat"].any()) for part in self.parts)
+
     def sample(self, max_bytes: int) -> Iterator[str]:
         """Training text for the tokenizer to learn from."""
         for some in self.chosen("train"):
@@ -132,7 +137,7 @@ class SourcePlan:
             "domain": source.domain,
             "layout": source.layout,
             "row_length": source.row_length,
-            "has_mask": source.layout == "packed",
+            "has_mask": source.layout == "packed" or self.has_conversations,
             **self.provenance,
         }
         chosen = self.chosen(split)

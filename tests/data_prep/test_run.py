@@ -252,6 +252,18 @@ def test_llama3_tokenizer(config, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+def test_conversations_in_a_stream_are_trained_on_in_their_answers_alone(config, tmp_path):
+    stream = ["sources.chat.layout=stream", "sources.chat.row_length=null"]
+    assert prepare(config, *stream) == 0
+    reader = ShardReader(tmp_path / "out" / "chat" / "train")
+    assert (reader.manifest.layout, reader.manifest.has_mask) == ("stream", True)
+    assert not ShardReader(tmp_path / "out" / "code" / "train").manifest.has_mask
+    tokenizer = load_tokenizer(tmp_path / "out")
+    answers = [tokenizer.decode(tokens[mask], skip_special=False) for tokens, mask in reader.documents()]
+    assert len(answers) > 100
+    assert all(answer.removesuffix("<|eot|>").isdigit() for answer in answers if not answer.startswith("so "))
+
+
 def test_nothing_held_out_is_said(config, capsys):
     assert prepare(config, "validation_fraction=0") == 0
     assert "warning: nothing is held out of code" in capsys.readouterr().out
