@@ -18,7 +18,7 @@ TOKENIZER_KINDS = ("train_bpe", "llama3", "folder")
 LAYOUTS = ("stream", "packed")
 NORMALISE = ("newlines", "control", "nfc", "trim")
 DEDUP = ("none", "exact", "minhash")
-FILTERS = ("gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality")
+FILTERS = ("gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality", "language")
 DOC_PARTS = ("topics", "docstrings", "packages", "system")
 
 

@@ -21,6 +21,7 @@ from data_prep import benchmarks
 from data_prep.baselines import baselines
 from data_prep.collect import collect
 from data_prep.config import DataConfig, TokenizerConfig
+from data_prep.coverage import coverage
 from data_prep.encode import Job, encode
 from data_prep.fast_tokenizer import choose_engine, reference
 from data_prep.plan import SPLITS, SourcePlan, digest, make_plans
@@ -118,7 +119,7 @@ def _prepare(
             _encode_all([job for some in jobs.values() for job in some], pool, share)
         if share.rank:
             return None
-        summary = _publish(config, plans, jobs, tokenizer, key)
+        summary = _publish(config, plans, jobs, tokenizer, key, index)
     shutil.rmtree(work)
     return summary
 
@@ -239,6 +240,7 @@ def _publish(
     jobs: dict[tuple[str, str], list[Job]],
     tokenizer: Tokenizer,
     key: str,
+    index: Path | None,
 ) -> dict[str, Any]:
     """Put the shards in their place, and say what they are in dataset.json, which comes last."""
     out = Path(config.out)
@@ -263,7 +265,7 @@ def _publish(
         "key": key,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "benchmarks": benchmarks.identity(config.benchmarks),
+        "benchmarks": coverage(index),
         "sources": sources,
         "totals": {
             split: {
