@@ -11,13 +11,14 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -40,11 +41,10 @@ SUFFIXES = (".txt", ".rst", ".md", ".html", ".pod", ".py", ".txt.gz", ".rst.gz",
 
 @dataclass
 class Result:
-    """Seconds of one core and of the clock that a pipeline took for the corpus, and for one short document."""
+    """Seconds of one core that a pipeline took for the corpus, and for one short document."""
 
-    cpu: list[float]
-    wall: list[float]
-    start_cpu: float
+    cpu: list[float] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
 
 
 def texts(folders: Sequence[Path]) -> Iterator[str]:
@@ -97,6 +97,13 @@ def measure(name: str, corpus: Path, tokenizer: Path, out: Path) -> tuple[float,
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.monotonic() - start
 
 
+def turns(names: Sequence[str], repeats: int) -> list[str]:
+    """The order of the runs: ours, which are short, `repeats` times, and the others', once each, between them."""
+    ours, others = ([name for name in names if name.startswith("ours") is own] for own in (True, False))
+    rounds = [[*ours, *others[number::repeats]] for number in range(repeats)]
+    return [name for names in rounds for name in names]
+
+
 def check_tokens(out: Path, corpus: Path, tokenizer: Path, sha256: str) -> tuple[int, int]:
     """(documents, tokens) of our shards, all of which are BOS, what tiktoken gives for the text, EOS.
 
@@ -118,14 +125,12 @@ def check_tokens(out: Path, corpus: Path, tokenizer: Path, sha256: str) -> tuple
 def table(results: dict[str, Result], megabytes: float) -> str:
     """The measurements, with the ratio of ours to each."""
     rows = [f"{'pipeline':30}{'core s':>9}{'of it start':>13}{'MB/s':>8}{'without start':>15}{'ours is':>10}{'':>10}"]
-    ours = next(iter(results.values()))
-    for name, result in results.items():
-        cpu = statistics.median(result.cpu)
-        best = statistics.median(ours.cpu)
-        steady, our_steady = cpu - result.start_cpu, best - ours.start_cpu
+    times = {name: (statistics.median(found.cpu), statistics.median(found.start)) for name, found in results.items()}
+    best, best_start = next(iter(times.values()))
+    for name, (cpu, start) in times.items():
         rows.append(
-            f"{name:30}{cpu:>9.2f}{result.start_cpu:>13.2f}{megabytes / cpu:>8.2f}{megabytes / steady:>15.2f}"
-            f"{cpu / best:>9.1f}x{steady / our_steady:>9.1f}x"
+            f"{name:30}{cpu:>9.2f}{start:>13.2f}{megabytes / cpu:>8.2f}{megabytes / (cpu - start):>15.2f}"
+            f"{cpu / best:>9.1f}x{(cpu - start) / (best - best_start):>9.1f}x"
         )
     return "\n".join(rows)
 
@@ -171,9 +176,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", action="append", choices=list(PIPELINES), help="these pipelines (default: all)")
     parser.add_argument(
-        "--repeats", type=int, default=1, help="of ours, which is short; the median counts (default: 1)"
+        "--repeats", type=int, default=3, help="of ours, which is short; the median counts (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats is {arguments.repeats}; it must be at least 1")
     for folder in arguments.text:
         if not folder.is_dir():
             raise UserError(f"--text {folder} is not a folder")
@@ -193,21 +200,20 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{num_bytes / 1e6:.1f} MB of text in {documents:,} documents, tokenizer {arguments.tokenizer}", flush=True
         )
-        results: dict[str, Result] = {}
-        for name in names:
-            runs = []
-            for number in range(arguments.repeats if name.startswith("ours") else 1):
-                out = place / f"out-{len(results)}-{number}"
-                runs.append(measure(name, place / "corpus", place / "tokenizer", out))
-            starts = [
-                measure(name, place / "short", place / "tokenizer", place / f"start-{len(results)}-{number}")[0]
-                for number in range(len(runs))
-            ]
-            results[name] = Result([cpu for cpu, _ in runs], [wall for _, wall in runs], statistics.median(starts))
-            print(f"{name}: {', '.join(f'{cpu:.2f} core s, {wall:.2f} s' for cpu, wall in runs)}", flush=True)
+        results = {name: Result() for name in names}
+        for number, name in enumerate(turns(names, arguments.repeats)):
+            cpu, wall = measure(name, place / "corpus", place / "tokenizer", place / f"out-{number}")
+            print(f"{name}: {cpu:.2f} core s, {wall:.2f} s", flush=True)
+            results[name].cpu.append(cpu)
+            if number:
+                shutil.rmtree(place / f"out-{number}")
+        for number, name in enumerate(turns(names, arguments.repeats)):
+            results[name].start.append(
+                measure(name, place / "short", place / "tokenizer", place / f"start-{number}")[0]
+            )
         print(table(results, num_bytes / 1e6))
         if names[0] == "ours":
-            counted, tokens = check_tokens(place / "out-0-0", place / "corpus", place / "tokenizer", tokenizer.sha256)
+            counted, tokens = check_tokens(place / "out-0", place / "corpus", place / "tokenizer", tokenizer.sha256)
             print(f"tokens of all {counted:,} documents ({tokens:,}) are those of tiktoken")
     return 0
 

@@ -18,7 +18,7 @@ TOKENIZER_KINDS = ("train_bpe", "llama3", "folder")
 LAYOUTS = ("stream", "packed")
 NORMALISE = ("newlines", "control", "nfc", "trim")
 DEDUP = ("none", "exact", "minhash")
-FILTERS = ("gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality")
+FILTERS = ("gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality", "language")
 DOC_PARTS = ("topics", "docstrings", "packages", "system")
 
 
@@ -74,7 +74,7 @@ class SourceConfig:
     max_validation_bytes: int | None = None  # the same for held-out text
 
     # What it becomes
-    layout: str = "stream"  # stream: documents in a row | packed: whole documents fitted into rows, with a loss mask
+    layout: str = "stream"  # stream: documents in a row | packed: whole documents fitted into rows
     row_length: int | None = None  # packed: tokens a row, one more than the sequence length
 
 

@@ -17,7 +17,7 @@ from data_prep.collect import Spool
 from data_prep.documents import Document
 from data_prep.fast_tokenizer import Engine
 from data_prep.pack import best_fit
-from data_prep.render import Frame, Piece, render
+from data_prep.render import Frame, Piece, render, trained_on
 from data_prep.workers import advance
 from mm_train.files import write_atomic
 from mm_train.shards import ShardReader, ShardWriter
@@ -130,7 +130,9 @@ class _Output:
             )
             self._filled = 0
         for ids, mask in pieces:
-            self._writer.add(ids, mask if self._job.facts["has_mask"] else None, num_bytes)
+            if mask is None and self._job.facts["has_mask"]:  # a text among conversations
+                mask = trained_on(ids)
+            self._writer.add(ids, mask, num_bytes)
             self._filled += len(ids)
             num_bytes = 0
 

@@ -7,14 +7,14 @@ tokenizer.json. Each is told that control strings in text are text, which is amo
 import functools
 import importlib.metadata
 import importlib.util
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mm_train.tokenizer import CONTROL_TOKENS, SPLIT_REGEX, byte_alphabet
+from mm_train.tokenizer import CONTROL_TOKENS, SPLIT_REGEX, Tokenizer, load_tokenizer
 
 Flat = tuple[np.ndarray, np.ndarray]  # ids of all texts, uint32; where each begins, and the end
 Encode = Callable[[Sequence[str]], Flat]
@@ -51,47 +51,67 @@ class Engine:
     sha256: str
 
     def load(self) -> Encode:
-        """The function that tokenises, made once in each process."""
+        """The function that tokenises, made once in each process; a process that is forked has it already."""
         return _load(self)
 
 
-def choose_engine(folder: Path, sha256: str, vocab_size: int) -> tuple[Engine, str]:
+def reference(tokenizer: Tokenizer, folder: Path) -> tuple[Engine, Encode]:
+    """The library that says what is right for a tokenizer that is saved in `folder`, and its function.
+
+    It is tiktoken for Llama 3's vocabulary and tokenizers for others. What `tokenizer` has read is not read again.
+    """
+    if tokenizer.vocab_size == 128256 and _installed("tiktoken"):
+        return Engine("tiktoken", folder, tokenizer.sha256), _tiktoken(tokenizer)
+    return Engine("tokenizers", folder, tokenizer.sha256), _tokenizers(tokenizer)
+
+
+def choose_engine(
+    tokenizer: Tokenizer, folder: Path, truth: tuple[Engine, Encode], call: Callable[..., bool]
+) -> tuple[Engine, str]:
     """The fastest library that is exact for the tokenizer saved in `folder`, and a line that says what was compared.
 
-    The truth is tiktoken for Llama 3's vocabulary and tokenizers for others. Compared are PROBES and every token of the
-    vocabulary that is text, among them those that merging cannot reach (678 in Llama 3's).
+    `truth` is the `reference`. Compared are PROBES and every token of the vocabulary that is text, among them those
+    that merging cannot reach (588 in Llama 3's). fastokens is loaded here, for processes that are forked later, and
+    starts threads when it is used, which do not outlive a fork: `call` calls a function in such a process.
     """
-    llama3 = vocab_size == 128256 and _installed("tiktoken")
-    truth = Engine("tiktoken" if llama3 else "tokenizers", folder, sha256)
+    right, encode = truth
     if not _installed("fastokens"):
-        return truth, f"tokenising with {_version(truth.library)} (fastokens is faster, where installed)"
-    fast = Engine("fastokens", folder, sha256)
-    probes = [*PROBES, *vocabulary_texts(folder)]
-    expected = truth.load()(probes)
-    compared = f"{truth.library} on {len(expected[0]):,} tokens"
+        return right, f"tokenising with {_version(right.library)} (fastokens is faster, where installed)"
+    fast = Engine("fastokens", folder, tokenizer.sha256)
+    probes = [*PROBES, *vocabulary_texts(tokenizer.ordinary_tokens)]
+    expected = encode(probes)
+    compared = f"{right.library} on {len(expected[0]):,} tokens"
     try:
-        if same(fast.load()(probes), expected):
+        fast.load()
+        if call(gives, fast, probes, expected):
             return fast, f"tokenising with {_version('fastokens')}: equal to {compared}"
         why = f"differs from {compared}"
+    except BrokenExecutor:
+        raise
     except Exception as error:  # whatever it raises on a tokenizer.json that it cannot read
         why = f"cannot be used: {error}"
-    return truth, f"tokenising with {_version(truth.library)}: {_version('fastokens')} {why}"
+    return right, f"tokenising with {_version(right.library)}: {_version('fastokens')} {why}"
 
 
-def vocabulary_texts(folder: Path) -> list[str]:
-    """Every ordinary token that is text by itself, a line each, some hundreds to a text.
+def gives(engine: Engine, texts: Sequence[str], expected: Flat) -> bool:
+    """Whether a library gives the ids that are expected for each text."""
+    return same(engine.load()(texts), expected)
+
+
+def vocabulary_texts(tokens: Iterable[bytes]) -> list[str]:
+    """Every one of `tokens` that is text by itself, a line each, some hundreds to a text.
 
     The line ends keep words apart, so that a word that is one token is looked up as a whole. Tokens that do not end
     in a letter or digit, which would take the line end in, are texts by themselves.
     """
-    tokens = []
-    for token in _ordinary_tokens(folder):
+    texts = []
+    for token in tokens:
         try:
-            tokens.append(token.decode())
+            texts.append(token.decode())
         except UnicodeDecodeError:
             continue
-    alone = [token for token in tokens if not token[-1].isalnum()]
-    return [*alone, *("\n".join(tokens[i : i + 500]) for i in range(0, len(tokens), 500))]
+    alone = [text for text in texts if not text[-1].isalnum()]
+    return [*alone, *("\n".join(texts[i : i + 500]) for i in range(0, len(texts), 500))]
 
 
 def same(one: Flat, other: Flat) -> bool:
@@ -101,7 +121,9 @@ def same(one: Flat, other: Flat) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _load(engine: Engine) -> Encode:
-    return {"fastokens": _fastokens, "tiktoken": _tiktoken, "tokenizers": _tokenizers}[engine.library](engine.folder)
+    if engine.library == "fastokens":
+        return _fastokens(engine.folder)
+    return {"tiktoken": _tiktoken, "tokenizers": _tokenizers}[engine.library](load_tokenizer(engine.folder))
 
 
 def _fastokens(folder: Path) -> Encode:
@@ -116,35 +138,21 @@ def _fastokens(folder: Path) -> Encode:
     return encode
 
 
-def _tiktoken(folder: Path) -> Encode:
+def _tiktoken(tokenizer: Tokenizer) -> Encode:
     import tiktoken
 
-    ranks = {token: rank for rank, token in enumerate(_ordinary_tokens(folder))}
+    ranks = tokenizer.ordinary_tokens
     encoding = tiktoken.Encoding("data_prep", pat_str=SPLIT_REGEX, mergeable_ranks=ranks, special_tokens={})
     return lambda texts: _flat([encoding.encode_ordinary(text) for text in texts])
 
 
-def _tokenizers(folder: Path) -> Encode:
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.encode_special_tokens = True
-    return lambda texts: _flat([item.ids for item in backend.encode_batch_fast(list(texts), add_special_tokens=False)])
+def _tokenizers(tokenizer: Tokenizer) -> Encode:
+    return lambda texts: _flat(tokenizer.encode_batch(list(texts)))
 
 
 def _flat(ids: list[list[int]]) -> Flat:
     joined = np.array([index for text in ids for index in text], dtype=np.uint32)
     return joined, np.cumsum([0, *map(len, ids)])
-
-
-@functools.lru_cache(maxsize=1)
-def _ordinary_tokens(folder: Path) -> list[bytes]:
-    """The bytes of every token that is no control token, in the order of ids."""
-    description = json.loads((folder / "tokenizer.json").read_bytes())
-    bytes_of = {ord(letter): byte for byte, letter in enumerate(byte_alphabet())}
-    vocab = sorted(description["model"]["vocab"].items(), key=lambda item: item[1])
-    control = {token["content"] for token in description["added_tokens"]}
-    return [token.translate(bytes_of).encode("latin-1") for token, _ in vocab if token not in control]
 
 
 def _installed(name: str) -> bool:

@@ -1,7 +1,7 @@
-"""Quality filters: those of datatrove, by name, with its defaults unless a source sets other values.
+"""Quality filters: those of datatrove, by name, with its defaults unless a source sets other values; and `language`.
 
-They are written for English prose. Words are cut by spaCy, which takes far more time than everything else that is done
-to a text.
+datatrove's are written for English prose. Words are cut by spaCy, which takes far more time than everything else that
+is done to a text.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from data_prep.documents import Document
+from data_prep.language import LanguageFilter
 from mm_train.cli import UserError, first_line
 
 CLASSES = {
@@ -32,6 +33,11 @@ def load_filters(wanted: Mapping[str, Any]) -> list[Filter]:
 
 
 def _load(name: str, options: dict[str, Any]) -> Filter:
+    if name == "language":
+        try:
+            return LanguageFilter(**options)
+        except TypeError as error:
+            raise UserError(f"filter language: {first_line(error)}") from None
     module, cls = CLASSES[name]
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # before datatrove is imported: it logs to stderr by itself
     try:

@@ -6,6 +6,7 @@ Text that is trained on is green, text that is only read is grey, control tokens
 
 import argparse
 import itertools
+import json
 import os
 import random
 import re
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.plan import SPLITS
 from mm_train.cli import UserError, command
 from mm_train.manifest import NAME
+from mm_train.remote import RemoteFolder, is_url
 from mm_train.shards import ShardReader
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 
@@ -25,17 +28,31 @@ EXAMPLES = """examples:
   python -m data_prep.peek data/quickstart -n 1 | less -R               a window of everything
   python -m data_prep.peek data/quickstart/chat/train                   three windows, chosen at random
   python -m data_prep.peek data/quickstart/code/val --window 40 --seq-len 2048
+  python -m data_prep.peek s3://bucket/pretrain/web/train --window 7    read by ranges
   python -m data_prep.peek data/quickstart/docs/train --verify          read everything, compare every sha256
 """
 GREEN, GREY, YELLOW, RESET = "\x1b[32m", "\x1b[90m", "\x1b[33m", "\x1b[0m"
 
 
-def sources(folder: Path) -> list[Path]:
-    """The SOURCE/SPLIT folders of a data set folder. Raises UserError when there is none."""
+Folder = Path | RemoteFolder
+
+
+def sources(folder: Folder) -> dict[Folder, Folder]:
+    """SOURCE/SPLIT folders -> the data set folder: those in `folder`, or `folder` itself. Raises UserError for none."""
+    if isinstance(folder, RemoteFolder):
+        try:
+            names = json.loads(folder.read("dataset.json"))["sources"]
+        except FileNotFoundError:
+            return {folder: RemoteFolder(folder.url.rsplit("/", 2)[0])}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder}/dataset.json is damaged") from None
+        return {folder / name / split: folder for name in sorted(names) for split in SPLITS}
+    if (folder / NAME).is_file():
+        return {folder: folder.resolve().parent.parent}
     found = sorted(file.parent for file in folder.glob("*/*/manifest.json"))
     if not found:
         raise UserError(f"no data set in {folder}: expected SOURCE/SPLIT folders as data_prep.run writes them")
-    return found
+    return dict.fromkeys(found, folder)
 
 
 def overview(reader: ShardReader) -> str:
@@ -91,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="a data set folder, or one SOURCE/SPLIT folder in it")
+    parser.add_argument("folder", help="a data set folder or URL, or one SOURCE/SPLIT folder in it")
     parser.add_argument("-n", type=int, help="how many windows (default: 3 of a source, none of a whole data set)")
     parser.add_argument("--window", type=int, help="begin with this window instead of random ones")
     parser.add_argument("--seq-len", type=int, help="length of a window (default: that of the rows, or 512)")
@@ -100,12 +117,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every shard")
     arguments = parser.parse_args(argv)
 
-    folder, single = arguments.folder, (arguments.folder / NAME).is_file()
+    folder: Folder = RemoteFolder(arguments.folder) if is_url(arguments.folder) else Path(arguments.folder)
+    found = sources(folder)
+    single = folder in found
     count = arguments.n if arguments.n is not None else 3 if single else 0
     colour = arguments.colour == "always" or (
         arguments.colour == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     )
-    for source in [folder] if single else sources(folder):
+    for source, root in found.items():
         reader = ShardReader(source)
         if not single:
             print(overview(reader))
@@ -113,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             reader.verify()
             print(f"{source}: {len(reader.manifest.shards)} shard(s) intact")
         if count:
-            tokenizer = load_tokenizer(source.resolve().parent.parent)
+            tokenizer = load_tokenizer(root.url if isinstance(root, RemoteFolder) else root)
             for index, seq_len in choose(reader, count, arguments.window, arguments.seq_len, arguments.seed):
                 print("\n".join(show_window(reader, tokenizer, index, seq_len, colour)))
     return 0

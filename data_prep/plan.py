@@ -102,6 +102,11 @@ class SourcePlan:
         """What was left out before tokenising."""
         return self._choice[1]
 
+    @cached_property
+    def has_conversations(self) -> bool:
+        """Whether there are any: of these, not every token is trained on."""
+        return any(bool(np.load(part / "index.npy")["chat"].any()) for part in self.parts)
+
     def sample(self, max_bytes: int) -> Iterator[str]:
         """Training text for the tokenizer to learn from."""
         for some in self.chosen("train"):
@@ -122,7 +127,7 @@ class SourcePlan:
         """Identifies the shards of this source."""
         return digest(self.key, tokenizer.sha256, shard_tokens)
 
-    def jobs(self, split: str, tokenizer: Tokenizer, engine: Engine, shard_tokens: int) -> list[Job]:
+    def jobs(self, split: str, tokenizer: Tokenizer, engine: Engine, frame: Frame, shard_tokens: int) -> list[Job]:
         """The encoding of a split: a job for each part of the training text, one for all that is held out."""
         source = self.config
         facts: dict[str, Any] = {
@@ -132,7 +137,7 @@ class SourcePlan:
             "domain": source.domain,
             "layout": source.layout,
             "row_length": source.row_length,
-            "has_mask": source.layout == "packed",
+            "has_mask": source.layout == "packed" or self.has_conversations,
             **self.provenance,
         }
         chosen = self.chosen(split)
@@ -145,7 +150,7 @@ class SourcePlan:
                 split=split,
                 chosen=group,
                 engine=engine,
-                frame=Frame.of(tokenizer),
+                frame=frame,
                 row_length=source.row_length,
                 shard_tokens=shard_tokens,
                 number=None if len(groups) == 1 else number,

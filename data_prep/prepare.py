@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -21,10 +21,12 @@ from data_prep import benchmarks
 from data_prep.baselines import baselines
 from data_prep.collect import collect
 from data_prep.config import DataConfig, TokenizerConfig
+from data_prep.coverage import coverage
 from data_prep.encode import Job, encode
-from data_prep.fast_tokenizer import choose_engine
+from data_prep.fast_tokenizer import choose_engine, reference
 from data_prep.plan import SPLITS, SourcePlan, digest, make_plans
 from data_prep.publish import finished, join
+from data_prep.render import Frame
 from data_prep.train_bpe import train_bpe
 from data_prep.workers import Pool, processes
 from mm_train.cli import UserError
@@ -34,6 +36,7 @@ from mm_train.shards import ShardReader
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 
 POLL_SECONDS = 2.0
+LOCK_SECONDS = 2.0  # for workers of a preparation that was killed to end: they hold its lock too
 T = TypeVar("T")
 
 
@@ -94,27 +97,29 @@ def _prepare(
     config: DataConfig, plans: list[SourcePlan], key: str, workers: int, share: Share
 ) -> dict[str, Any] | None:
     out = Path(config.out)
-    with _work_folder(out, share) as work, processes(workers) as pool:
+    with _work_folder(out, share) as work:
         index = _benchmark_index(config, work)
-        _read_all(plans, index, pool, share)
+        _read_all(plans, index, workers, share)
         for plan in share.mine(plans):
             if not plan.duplicates_file.exists():
                 plan.write_duplicates()
         share.wait("duplicates", [plan.duplicates_file for plan in plans])
         tokenizer, folder = _tokenizer(config.tokenizer, plans, work, share)
-        # In a worker, which keeps what it has loaded.
-        engine, how = pool.executor.submit(choose_engine, folder, tokenizer.sha256, tokenizer.vocab_size).result()
-        print(how, flush=True)
-        jobs = {
-            (plan.name, split): plan.jobs(split, tokenizer, engine, config.shard_tokens)
-            for plan in plans
-            for split in SPLITS
-            if not _is_published(out, plan, split, plan.shard_key(tokenizer, config.shard_tokens))
-        }
-        _encode_all([job for some in jobs.values() for job in some], pool, share)
+        truth = reference(tokenizer, folder)
+        with processes(workers, forked=True) as pool:
+            engine, how = choose_engine(tokenizer, folder, truth, pool.call)
+            print(how, flush=True)
+            frame = Frame.of(tokenizer, truth[1])
+            jobs = {
+                (plan.name, split): plan.jobs(split, tokenizer, engine, frame, config.shard_tokens)
+                for plan in plans
+                for split in SPLITS
+                if not _is_published(out, plan, split, plan.shard_key(tokenizer, config.shard_tokens))
+            }
+            _encode_all([job for some in jobs.values() for job in some], pool, share)
         if share.rank:
             return None
-        summary = _publish(config, plans, jobs, tokenizer, key)
+        summary = _publish(config, plans, jobs, tokenizer, key, index)
     shutil.rmtree(work)
     return summary
 
@@ -129,18 +134,28 @@ def _work_folder(out: Path, share: Share) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     alone = share.world == 1
     with (work / "lock").open("w") as lock, (work / f"lock-{share.rank}").open("w") as own:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not (_lock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH) and _lock(own, fcntl.LOCK_EX)):
             raise UserError(
                 f"another preparation is writing to {out}: wait for it or choose another --out"
                 + ("" if alone else " (each rank may run once)")
-            ) from None
+            )
         for unfinished in work.rglob("*.tmp") if alone else ():
             if unfinished.is_dir():
                 shutil.rmtree(unfinished)
         yield work
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Take a lock, unless others have it for longer than LOCK_SECONDS."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
 
 
 def _benchmark_index(config: DataConfig, work: Path) -> Path | None:
@@ -170,12 +185,13 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary)
 
 
-def _read_all(plans: list[SourcePlan], index: Path | None, pool: Pool, share: Share) -> None:
+def _read_all(plans: list[SourcePlan], index: Path | None, workers: int, share: Share) -> None:
     """Read the parts of all sources side by side."""
     parts = [(plan, part, folder) for plan in plans for part, folder in zip(plan.input.parts, plan.parts, strict=True)]
     missing = [(plan, part, folder) for plan, part, folder in share.mine(parts) if not folder.is_dir()]
     tasks = [(collect, (plan.config, part, index, folder)) for plan, part, folder in missing]
-    pool.run("read", tasks, sum(part.size for _, part, _ in missing))
+    with processes(workers) as pool:
+        pool.run("read", tasks, sum(part.size for _, part, _ in missing))
     share.wait("read", [folder for _, _, folder in parts])
 
 
@@ -224,6 +240,7 @@ def _publish(
     jobs: dict[tuple[str, str], list[Job]],
     tokenizer: Tokenizer,
     key: str,
+    index: Path | None,
 ) -> dict[str, Any]:
     """Put the shards in their place, and say what they are in dataset.json, which comes last."""
     out = Path(config.out)
@@ -248,7 +265,7 @@ def _publish(
         "key": key,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "benchmarks": benchmarks.identity(config.benchmarks),
+        "benchmarks": coverage(index),
         "sources": sources,
         "totals": {
             split: {

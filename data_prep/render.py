@@ -23,9 +23,10 @@ class Frame:
     headers: dict[str, list[int]]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Frame":
-        """Those of `tokenizer`."""
-        return cls(tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.pad_id, tokenizer.headers)
+    def of(cls, tokenizer: Tokenizer, encode: Encode) -> "Frame":
+        """Those of `tokenizer`; `encode` is a function that tokenises as it does."""
+        headers = tokenizer.headers_by(lambda text: encode([text])[0].tolist())
+        return cls(tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.pad_id, headers)
 
 
 def render(
@@ -35,7 +36,7 @@ def render(
 
     A text is BOS, its tokens, EOS, all trained on but BOS, which nothing before it foretells. A conversation follows
     the chat format, as Tokenizer.render_chat has it, and is trained on in every answer; it is never cut, as half an
-    answer teaches to stop anywhere. Masks are left out of a stream (`row_length` None) of texts.
+    answer teaches to stop anywhere. Texts of a stream (`row_length` None) come without a mask.
     """
     ids, borders = encode([part for document in documents for part in document.parts])
     edges = borders.tolist()
@@ -54,9 +55,15 @@ def render(
     return rendered
 
 
-def _cut(ids: np.ndarray, row_length: int) -> list[Piece]:
+def trained_on(ids: np.ndarray) -> np.ndarray:
+    """The mask of a text: all of it but BOS."""
     mask = np.ones(len(ids), dtype=np.bool_)
     mask[0] = False
+    return mask
+
+
+def _cut(ids: np.ndarray, row_length: int) -> list[Piece]:
+    mask = trained_on(ids)
     return [(ids[i : i + row_length], mask[i : i + row_length]) for i in range(0, len(ids), row_length)]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.coverage import in_words
 from data_prep.plan import SPLITS
 from mm_train import report as training_report
 from mm_train.cli import UserError, command
@@ -79,6 +80,14 @@ class DataReport:
             weight = sum(source.facts["weight"] for source in some)
             rows.append((domain, [source.name for source in some], tokens, weight))
         return sorted(rows, key=lambda row: (-row[3], row[0]))
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """What `coverage` said of the benchmarks."""
+        facts = self.summary["benchmarks"]
+        if not isinstance(facts, dict):
+            raise UserError(f"{self.title} was prepared by an earlier version: run data_prep.run again")
+        return facts
 
     @property
     def weight(self) -> float:
@@ -231,6 +240,7 @@ def render(report: DataReport) -> str:
         quantiles=quantiles,
         splits=SPLITS,
         shown=SHOWN,
+        compared=in_words(report.compared),
     )
 
 
@@ -243,6 +253,7 @@ def lines(report: DataReport) -> Iterator[str]:
         yield f"left out: {documents:,} {reason}"
     for name, documents, items, _ in report.hits:
         yield f"in benchmark {name}: {documents:,} documents, {items:,} items"
+    yield in_words(report.compared)
 
 
 @command

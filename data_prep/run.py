@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import load
+from data_prep.coverage import in_words
 from data_prep.plan import SPLITS
 from data_prep.prepare import Share, prepare
 from mm_train.cli import UserError, command
@@ -47,6 +48,7 @@ def describe(summary: dict[str, Any]) -> str:
             lines.append(f"cut into rows in {name}: {source['texts_cut_into_rows']:,} texts longer than a row")
         if not source["val"]["documents"]:
             lines.append(f"warning: nothing is held out of {name}; more documents or a larger validation_fraction help")
+    lines.append(in_words(summary["benchmarks"]))
     return "\n".join(lines)
 
 

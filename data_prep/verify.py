@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mm_train.cli import UserError, command
 from mm_train.manifest import DTYPES, NAME, Manifest, Shard, check_one_tokenizer, read_manifest
+from mm_train.remote import RemoteFolder, is_url
 from mm_train.shard_file import LocalShard, wrong_size
 from mm_train.tokenizer import load_tokenizer
 
@@ -175,12 +176,17 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="a data set folder, or one SOURCE/SPLIT folder in it")
+    parser.add_argument("folder", help="a data set folder, or one SOURCE/SPLIT folder in it")
     parser.add_argument("--workers", type=int, default=2, help="threads (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; it must be at least 1")
-    shards, problems = verify(arguments.folder, arguments.workers, lambda problem: tqdm.write(problem))
+    if is_url(arguments.folder):
+        raise UserError(
+            f"{RemoteFolder(arguments.folder)} is not on this machine, and every byte is read here: run this where the "
+            "data are, or compare their sha256 alone with python -m data_prep.peek URL --verify"
+        )
+    shards, problems = verify(Path(arguments.folder), arguments.workers, lambda problem: tqdm.write(problem))
     if problems:
         raise UserError(f"{arguments.folder}: {problems} problem(s) in {shards} shard(s)")
     print(f"{arguments.folder}: {shards} shard(s) intact")

@@ -75,7 +75,7 @@ class Data:
     seq_len: int = 512  # tokens a row
     workers: int = 2  # threads that read ahead; 0: none, the training loop reads
     ahead: int = 1  # optimizer steps whose batches they have ready
-    verify: bool = True  # compare every 64 KiB of a shard with its checksum when first read
+    verify: bool = True  # compare every block (16 KiB) of a shard with its checksum when first read
     max_epochs: float = 4.0  # a source that the stage repeats more often is warned about at the start
     cache_dir: str = "~/.cache/mobilemoe-train"  # of a data set behind a URL: blocks that were read are kept here
     cache_gib: float = 20.0  # so much of them, on each machine; 0: none

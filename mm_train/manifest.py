@@ -9,7 +9,6 @@ import contextlib
 import gc
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,9 +17,14 @@ from typing import Any, NamedTuple
 from mm_train.cli import UserError
 from mm_train.files import write_atomic
 
+try:  # the same numbers, three times as fast
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
+
 NAME = "manifest.json"
 FORMAT, FORMAT_1 = "mobilemoe-shards-2", "mobilemoe-shards-1"
-BLOCK, BLOCK_1 = 1 << 16, 1 << 20  # bytes under one crc32
+BLOCK, BLOCK_1 = 1 << 14, 1 << 20  # bytes under one crc32
 DTYPES = {"tokens": "<u4", "offsets": "<u8", "mask": "u1", "index": "<u4"}
 UNSIGNED = "0" * 64
 
@@ -128,7 +132,7 @@ def missing(folder: str) -> UserError:
 def parse_manifest(data: bytes, file: str) -> Manifest:
     """The manifest out of the content of `file`. Raises UserError when it is damaged or of another format."""
     try:
-        with _no_garbage_collection():
+        with no_garbage_collection():
             manifest = _parse(data, file)
             _check(manifest)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -152,8 +156,8 @@ def _parse(data: bytes, file: str) -> Manifest:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Hundreds of thousands of objects are made that stay: looking through them for cycles doubles the time."""
+def no_garbage_collection() -> Iterator[None]:
+    """For making hundreds of thousands of objects that stay: looking through them for cycles doubles the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -217,4 +221,4 @@ def check_one_tokenizer(manifests: Iterable[Manifest], tokenizer_sha256: str | N
 
 def block_crcs(data: memoryview, block: int) -> list[int]:
     """crc32 of every started block of `data`."""
-    return [zlib.crc32(data[start : start + block]) for start in range(0, len(data), block)]
+    return [crc32(data[start : start + block]) for start in range(0, len(data), block)]

@@ -1,8 +1,9 @@
 """Data sets behind a URL (s3, gs, hf, http, memory: whatever fsspec knows), read by ranges. Torch-free.
 
-A shard is never fetched whole: a row takes its tokens, some offsets and, once for each shard, the index, in pieces of
-UNIT bytes at places that do not depend on the row, so that they can be kept (block_cache.py). The order of samples
-knows nothing of all this. Every block is compared with its checksum, wherever it came from.
+A shard is never fetched whole: a row takes the blocks that its tokens and offsets lie in and, when a shard is opened,
+the index. With a cache (block_cache.py) pieces of UNIT bytes are fetched instead, at places that do not depend on the
+row, and kept. The order of samples knows nothing of all this. Every block is compared with its checksum, wherever it
+came from.
 """
 
 import time
@@ -14,10 +15,10 @@ import numpy as np
 
 from mm_train.block_cache import BlockCache
 from mm_train.cli import UserError, first_line
-from mm_train.manifest import BLOCK, DTYPES, Manifest, Shard
+from mm_train.manifest import DTYPES, Manifest, Shard
 from mm_train.shard_file import ShardFile
 
-UNIT = 4 * BLOCK  # bytes fetched at a time, and kept
+UNIT = 1 << 18  # bytes fetched at a time where they are kept
 WAITS = (0.5, 2.0, 8.0)  # seconds before trying again
 Answer = TypeVar("Answer")
 
@@ -93,13 +94,16 @@ class RemoteShard(ShardFile):
     def __init__(self, folder: RemoteFolder, shard: Shard, manifest: Manifest) -> None:
         super().__init__(f"{folder}/{shard.file}", shard, manifest)
         self._folder = folder
-        self._unit = max(UNIT, self.block_bytes)
+        self._unit = self.block_bytes if folder.cache is None else max(UNIT, self.block_bytes)
 
     def read(self, member: str, low: int, high: int) -> np.ndarray:
         width = np.dtype(DTYPES[member]).itemsize
         first, last = low * width // self._unit, -(-high * width // self._unit)
-        pieces = [self._piece(member, unit) for unit in range(first, last)]
-        data = b"".join(pieces)[low * width - first * self._unit : high * width - first * self._unit]
+        if self._folder.cache is None:
+            pieces = self._fetched(member, first, last)
+        else:
+            pieces = b"".join([self._piece(member, unit) for unit in range(first, last)])
+        data = pieces[low * width - first * self._unit : high * width - first * self._unit]
         return np.frombuffer(data, dtype=DTYPES[member])
 
     def raw(self, offset: int, size: int) -> np.ndarray:
@@ -109,6 +113,14 @@ class RemoteShard(ShardFile):
             data = self._fetch(offset, size)
             self._keep(key, data)
         return np.frombuffer(data, dtype="u1")
+
+    def _fetched(self, member: str, first: int, last: int) -> bytes:
+        """The blocks [first, last) of a member, in one request, checked."""
+        place, begin = self.shard.members[member], first * self._unit
+        size = min(last * self._unit, place.size) - begin
+        data = self._fetch(place.offset + begin, size) if size > 0 else b""
+        self._check(member, begin, data, size)
+        return data
 
     def _piece(self, member: str, unit: int) -> bytes:
         """Bytes [unit * UNIT, (unit + 1) * UNIT) of a member, or what there is of them, checked."""
@@ -130,9 +142,9 @@ class RemoteShard(ShardFile):
     def _check(self, member: str, begin: int, data: bytes, size: int) -> None:
         if len(data) != size:
             raise UserError("not the length that was put there")
-        array = np.frombuffer(data, dtype="u1")
+        view = memoryview(data)
         for at in range(0, size, self.block_bytes):
-            self.check(member, (begin + at) // self.block_bytes, array[at : at + self.block_bytes])
+            self.check(member, (begin + at) // self.block_bytes, view[at : at + self.block_bytes])
 
     def _fetch(self, begin: int, size: int) -> bytes:
         try:

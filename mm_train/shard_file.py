@@ -4,7 +4,6 @@ Torch-free. `LocalShard` is a memory map; remote.py has the same for shards behi
 """
 
 import os
-import zlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from mm_train.cli import UserError
-from mm_train.manifest import DTYPES, Manifest, Shard
+from mm_train.manifest import DTYPES, Manifest, Shard, crc32
 
 
 class ShardFile(ABC):
@@ -42,9 +41,9 @@ class ShardFile(ABC):
         first_inside, beyond = offsets.searchsorted((low, high)).tolist()
         return offsets[first_inside:beyond] - low
 
-    def check(self, member: str, block: int, data: np.ndarray) -> None:
+    def check(self, member: str, block: int, data: memoryview) -> None:
         """Raises UserError unless `data` is the block of a member that was written."""
-        if zlib.crc32(data.data) != self._crcs[member][block]:
+        if crc32(data) != self._crcs[member][block]:
             raise UserError(
                 f"corrupt block in shard {self.name}: the {member} at byte"
                 f" {self.shard.members[member].offset + block * self.block_bytes} do not match their crc32; copy or"
@@ -56,7 +55,7 @@ class ShardFile(ABC):
         """The member of that name: checksums of all blocks, then the first document of each block of tokens."""
         place = self.shard.members["index"]
         data = self.raw(place.offset, place.size)
-        if zlib.crc32(data.data) != self.shard.index_crc32:
+        if crc32(data.data) != self.shard.index_crc32:
             raise UserError(f"corrupt index in shard {self.name}: copy or prepare the data again")
         return data.view(DTYPES["index"])
 
@@ -124,6 +123,7 @@ class LocalShard(ShardFile):
             member: self._map[place.offset : place.offset + place.size].view(DTYPES[member])
             for member, place in shard.members.items()
         }
+        self._bytes = {member: memoryview(array.data).cast("B") for member, array in self._arrays.items()}
         self._unchecked = {
             member: bytearray([checked]) * -(-size // self.block_bytes) for member, size in self.sizes.items()
         }
@@ -133,7 +133,7 @@ class LocalShard(ShardFile):
         width, block_bytes = array.itemsize, self.block_bytes
         block, last = low * width // block_bytes, -(-high * width // block_bytes)
         while (block := unchecked.find(1, block, last)) >= 0:
-            self.check(member, block, array.view("u1")[block * block_bytes : (block + 1) * block_bytes])
+            self.check(member, block, self._bytes[member][block * block_bytes : (block + 1) * block_bytes])
             unchecked[block] = 0
         return array[low:high]
 

@@ -6,8 +6,8 @@ an ordinary webdataset shard with one sample of a few large members:
     KEY.tokens   uint32 LE, all documents one after the other
     KEY.offsets  uint64 LE, where each document starts in this shard, plus the end
     KEY.mask     uint8, one per token, 1 = trained on (only when the source has masks)
-    KEY.index    uint32 LE, the crc32 of every started 64 KiB of tokens, offsets and mask, in this order; then, for each
-                 started 64 KiB of tokens, the number of the first document that begins there or later, and that of all
+    KEY.index    uint32 LE, the crc32 of every started 16 KiB of tokens, offsets and mask, in this order; then, for each
+                 started 16 KiB of tokens, the number of the first document that begins there or later, and that of all
     KEY.json     facts about the shard, for readers without the manifest
 
 Layout "stream": documents follow one another and a training window may begin anywhere. Layout "packed": rows of
@@ -26,7 +26,6 @@ import json
 import os
 import tarfile
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ from mm_train.manifest import (
     Shard,
     block_crcs,
     check_one_tokenizer,
+    crc32,
     missing,
     parse_manifest,
     read_manifest,
@@ -207,7 +207,7 @@ class ShardWriter:
             out.flush()
             os.fsync(out.fileno())
         publish(temporary, file)
-        sha256, index_crc32 = hashed.sha256.hexdigest(), zlib.crc32(arrays["index"].data)
+        sha256, index_crc32 = hashed.sha256.hexdigest(), crc32(arrays["index"].data)
         self._shards.append(Shard(file.name, hashed.position, sha256, self._filled, len(lengths), members, index_crc32))
         self._start_shard()
 
@@ -232,7 +232,7 @@ class ShardReader:
     def __init__(self, folder: str | Path | Place, checked: bool = True):
         """`folder` is a path, or a remote.RemoteFolder.
 
-        `checked`: compare each block with its crc32 when it is first read, 64 KiB for the sake of any window in it.
+        `checked`: compare each block with its crc32 when it is first read, whole, for the sake of any window in it.
         Raises UserError when the manifest is missing or damaged, or a shard is missing or of the wrong size.
         """
         self.folder: Place = LocalFolder(Path(folder)) if isinstance(folder, str | Path) else folder

@@ -6,14 +6,13 @@ right ones were read. Torch-free.
 
 import hashlib
 import tarfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from mm_train.manifest import BLOCK, DTYPES, Manifest, Member, Shard, write_manifest
+from mm_train.manifest import BLOCK, DTYPES, Manifest, Member, Shard, crc32, write_manifest
 from mm_train.shards import TAR_BLOCK
 from mm_train.tokenizer import Tokenizer
 
@@ -84,14 +83,14 @@ def _write_shard(folder: Path, source: str, index: int, blocks: int, wanted: np.
             for block in wanted.tolist():
                 begin = (index * blocks + block) * STEP
                 data = tokens_at(source, begin, begin + STEP, vocab_size).tobytes()
-                crcs[block] = zlib.crc32(data)
+                crcs[block] = crc32(data)
                 file.seek(members["tokens"].offset + block * BLOCK)
                 file.write(data)
             file.seek(members["offsets"].offset)
             file.write(offsets.tobytes())
-            of_offsets = [zlib.crc32(offsets.tobytes()[i : i + BLOCK]) for i in range(0, offsets.nbytes, BLOCK)]
+            of_offsets = [crc32(offsets.tobytes()[i : i + BLOCK]) for i in range(0, offsets.nbytes, BLOCK)]
             content = np.concatenate([crcs, of_offsets, np.arange(blocks + 1)]).astype(DTYPES["index"]).tobytes()
-            checksum = zlib.crc32(content)
+            checksum = crc32(content)
             file.seek(members["index"].offset)
             file.write(content)
     sha256 = hashlib.sha256(f"{source} {index}".encode()).hexdigest()  # nobody hashes holes

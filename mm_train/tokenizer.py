@@ -10,15 +10,17 @@ import base64
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from mm_train.cli import UserError
+from mm_train.cli import UserError, first_line
 from mm_train.config import Model
 from mm_train.files import write_atomic
+from mm_train.manifest import no_garbage_collection
 from mm_train.remote import is_url, read_file
 
 # Splits text into words before the merges; Llama-3's, also used for the small vocabularies.
@@ -66,30 +68,49 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer_json: bytes, origin: str = "tokenizer.json"):
-        """Build from the bytes of a tokenizer.json, called `origin` in errors. Raises UserError if it is unusable."""
-        try:
-            parsed = json.loads(tokenizer_json)
-            self._backend = tokenizers.Tokenizer.from_buffer(tokenizer_json)
-        except Exception as error:  # the library raises bare Exception on a malformed file
-            raise UserError(f"{origin} is not a readable tokenizer.json: {error}") from None
-        self._backend.encode_special_tokens = True  # control strings in text stay text
-        self._json = tokenizer_json
-        self.sha256 = hashlib.sha256(tokenizer_json).hexdigest()
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = len(vocab)
-        _refuse_unsuitable(parsed, vocab, origin)
+        """Build from the bytes of a tokenizer.json, called `origin` in errors. Raises UserError if it is unusable.
 
-        control = {token["content"]: token["id"] for token in parsed["added_tokens"]}
-        self.bos_id, self.eos_id, self.pad_id = control[BOS], control[EOS], control[PAD]
-        self.stop_ids = (control[EOS], control[EOT])
-        self.eot_id = control[EOT]
-        self._token_bytes = np.zeros(self.vocab_size, dtype=np.uint16)
-        for token, index in vocab.items():
-            self._token_bytes[index] = 0 if token in control else len(token)  # the alphabet has one letter per byte
-        newlines = self.encode("\n\n")
-        self.headers = {
-            role: [control[HEADER_START], *self.encode(role), control[HEADER_END], *newlines] for role in ROLES
-        }
+        The library reads the file when it is first needed, which is the larger part of the work: a vocabulary of
+        128,256 tokens takes it half a second, and whoever asks for ids and sizes only never needs it.
+        """
+        try:
+            with no_garbage_collection():  # hundreds of thousands of merges, all of which stay
+                parsed = json.loads(tokenizer_json)
+            control = {token["content"]: int(token["id"]) for token in parsed.get("added_tokens") or []}
+            vocab = {str(token): int(index) for token, index in parsed["model"]["vocab"].items()} | control
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"{origin} is not a readable tokenizer.json: {error!r:.200}") from None
+        _refuse_unsuitable(parsed, vocab, control, origin)
+        self._json, self._origin, self._control = tokenizer_json, origin, control
+        self._tokens = sorted(vocab, key=vocab.__getitem__)
+        self.sha256 = hashlib.sha256(tokenizer_json).hexdigest()
+        self.vocab_size = len(vocab)
+        self.bos_id, self.eos_id, self.pad_id, self.eot_id = (control[name] for name in (BOS, EOS, PAD, EOT))
+        self.stop_ids = (self.eos_id, self.eot_id)
+
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(self._json)
+        except Exception as error:  # the library raises bare Exception on a malformed file
+            raise UserError(f"{self._origin} is not a readable tokenizer.json: {first_line(error)}") from None
+        moved = [name for name, index in self._control.items() if backend.token_to_id(name) != index]
+        if moved:
+            raise UserError(
+                f"{self._origin}: the id of {moved[0]!r} is not the one that its place in the list gives it"
+            )
+        backend.encode_special_tokens = True  # control strings in text stay text
+        return backend
+
+    @cached_property
+    def headers(self) -> dict[str, list[int]]:
+        """Ids before the message of each role."""
+        return self.headers_by(self.encode)
+
+    def headers_by(self, encode: Callable[[str], list[int]]) -> dict[str, list[int]]:
+        """`headers`, their text encoded by a function that does what `encode` does."""
+        begin, end, newlines = self._control[HEADER_START], self._control[HEADER_END], encode("\n\n")
+        return {role: [begin, *encode(role), end, *newlines] for role in ROLES}
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text. No BOS or EOS is added, control strings are not parsed."""
@@ -108,18 +129,31 @@ class Tokenizer:
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
         return lambda index: stream.step(self._backend, index) or ""
 
+    @cached_property
+    def _token_bytes(self) -> np.ndarray:
+        sizes = [0 if token in self._control else len(token) for token in self._tokens]
+        return np.array(sizes, dtype=np.uint16)  # the alphabet has one letter per byte
+
     def token_bytes(self) -> np.ndarray:
         """uint16 [vocab_size]: how many bytes of UTF-8 text each id stands for, 0 for control tokens."""
         return self._token_bytes
 
     def tables(self) -> tuple[list[str], list[bool], list[str]]:
         """For other formats: tokens by id (byte alphabet), which of them are control tokens, merges as "left right"."""
-        parsed = json.loads(self._json)
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        control = {token["content"] for token in parsed["added_tokens"]}
-        tokens = sorted(vocab, key=vocab.__getitem__)
-        pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in parsed["model"]["merges"])
-        return tokens, [token in control for token in tokens], list(pairs)
+        merges = json.loads(self._json)["model"]["merges"]
+        pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
+        return list(self._tokens), [token in self._control for token in self._tokens], list(pairs)
+
+    @cached_property
+    def ordinary_tokens(self) -> dict[bytes, int]:
+        """Bytes -> id of every token that is no control token, in the order of ids."""
+        ordinary = [index for index, size in enumerate(self._token_bytes.tolist()) if size]
+        letters = "".join([self._tokens[index] for index in ordinary])
+        byte_of = np.zeros(512, dtype=np.uint8)
+        byte_of[[ord(letter) for letter in byte_alphabet()]] = range(256)
+        data = byte_of[np.frombuffer(letters.encode("utf-32-le"), dtype="<u4")].tobytes()
+        ends = np.cumsum(self._token_bytes[ordinary], dtype=np.int64).tolist()
+        return {data[begin:end]: index for index, begin, end in zip(ordinary, [0, *ends], ends, strict=False)}
 
     def render_chat(
         self, messages: Iterable[dict[str, str]], add_generation_prompt: bool = False
@@ -220,7 +254,7 @@ def assemble(vocab: dict[str, int], merges: list[tuple[str, str]], num_control: 
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # 678 of Llama-3's tokens cannot be reached by merges
+            "ignore_merges": True,  # 588 of Llama-3's tokens cannot be reached by merges
             "vocab": vocab,
             "merges": merges,
         },
@@ -237,18 +271,38 @@ def _load_llama3() -> Tokenizer:
             "the llama3 tokenizer needs the llama-models package (Llama 3 Community License), which is not installed: "
             "pip install --no-deps llama-models"
         )
-    alphabet = byte_alphabet()
-    vocab: dict[str, int] = {}
+    ranks = {}
     for line in (folder / "llama3" / "tokenizer.model").read_bytes().splitlines():
         encoded, rank = line.split()
-        vocab["".join(alphabet[byte] for byte in base64.b64decode(encoded))] = int(rank)
-    # The file has ranks only. Every split of a token into two tokens becomes a merge of the token's rank: the pairs
-    # that greedy merging never meets do no harm, and the pair that it does meet is among them.
-    merges = []
-    for token in vocab:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
-        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    return assemble(vocab, merges, LLAMA3_NUM_CONTROL)
+        ranks[base64.b64decode(encoded)] = int(rank)
+    alphabet = byte_alphabet()
+    spelt = {token: "".join([alphabet[byte] for byte in token]) for token in ranks}
+    pairs = (last_merge(token, ranks) for token in ranks)
+    return assemble(
+        {spelt[token]: rank for token, rank in ranks.items()},
+        [(spelt[one], spelt[other]) for one, other in filter(None, pairs)],
+        LLAMA3_NUM_CONTROL,
+    )
+
+
+def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that `token` is made of where byte pairs are merged by the rank of what they make.
+
+    None for a single byte, and for a token that merging does not reach. No other pair ever becomes `token`: within
+    it, and wherever it stands in a text, the same merges happen in the same order.
+    """
+    parts = [token[i : i + 1] for i in range(len(token))]
+    made = [ranks.get(token[i : i + 2], len(ranks)) for i in range(len(token) - 1)]  # rank of each part and the next
+    while len(parts) > 2:
+        lowest = min(made)
+        if lowest == len(ranks):
+            return None
+        i = made.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del made[i]
+        for j in range(max(0, i - 1), min(i + 1, len(made))):
+            made[j] = ranks.get(parts[j] + parts[j + 1], len(ranks))
+    return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def byte_alphabet() -> list[str]:
@@ -258,12 +312,12 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
-def _refuse_unsuitable(parsed: dict, vocab: dict[str, int], origin: str) -> None:
+def _refuse_unsuitable(parsed: dict, vocab: dict[str, int], control: dict[str, int], origin: str) -> None:
     """Raise UserError unless encoding is lossless, bytes can be counted and every control token is there."""
     decoder, added = parsed.get("decoder") or {}, parsed.get("added_tokens") or []
     if decoder.get("type") != "ByteLevel" or parsed.get("normalizer") is not None:
         raise UserError(f"{origin}: only byte-level tokenizers without a normalizer are supported (lossless ones)")
-    missing = [name for name in (BOS, EOS, EOT, HEADER_START, HEADER_END, PAD) if name not in vocab]
+    missing = [name for name in (BOS, EOS, EOT, HEADER_START, HEADER_END, PAD) if name not in control]
     if missing:
         raise UserError(f"{origin} lacks the control token(s) {' '.join(missing)}: not a MobileMoE tokenizer")
     parsed_in_text = [token["content"] for token in added if not token.get("special")]

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from data_prep import bench
-from data_prep.bench import Result, table, texts, write_corpus
+from data_prep.bench import Result, table, texts, turns, write_corpus
 from data_prep.machine import LIBRARY
 
 
@@ -26,10 +26,25 @@ def test_the_corpus_is_the_text_of_files_each_once(tmp_path, monkeypatch):
 
 
 def test_the_table_compares_with_and_without_the_start():
-    drawn = table({"ours": Result([3.0, 2.0, 90.0], [1.0], 1.0), "theirs": Result([42.0], [1.0], 2.0)}, 100.0)
+    drawn = table({"ours": Result([3.0, 2.0, 90.0], [7.0, 1.0, 0.5]), "theirs": Result([42.0], [2.0])}, 100.0)
     ours, theirs = drawn.splitlines()[1:]
     assert ours.split() == ["ours", "3.00", "1.00", "33.33", "50.00", "1.0x", "1.0x"]
     assert theirs.split() == ["theirs", "42.00", "2.00", "2.38", "2.50", "14.0x", "20.0x"]
+
+
+def test_ours_and_theirs_take_turns():
+    assert turns(["ours", "ours too", "a", "b"], 3) == [
+        "ours",
+        "ours too",
+        "a",
+        "ours",
+        "ours too",
+        "b",
+        "ours",
+        "ours too",
+    ]
+    assert turns(["ours", "a", "b"], 1) == ["ours", "a", "b"]
+    assert turns(["a"], 2) == ["a"]
 
 
 def test_bad_input_gives_one_clear_line(capsys):

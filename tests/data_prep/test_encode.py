@@ -43,15 +43,16 @@ def make_job(byte_tokenizer, tmp_path):
             "domain": "code",
             "layout": "packed" if row_length else "stream",
             "row_length": row_length,
-            "has_mask": row_length is not None,
+            "has_mask": row_length is not None or any(text.startswith("?") for text in documents),
         }
+        engine = Engine("tokenizers", tmp_path / "tokenizer", byte_tokenizer.sha256)
         job = {
             "folder": tmp_path / f"{name}-job",
             "source": "a",
             "split": "train",
             "chosen": [Chosen(spool, np.arange(len(documents)), 0)],
-            "engine": Engine("tokenizers", tmp_path / "tokenizer", byte_tokenizer.sha256),
-            "frame": Frame.of(byte_tokenizer),
+            "engine": engine,
+            "frame": Frame.of(byte_tokenizer, engine.load()),
             "row_length": row_length,
             "shard_tokens": 1 << 25,
             "number": None,
@@ -79,6 +80,11 @@ def test_stream(make_job, byte_tokenizer, tmp_path):
     assert texts[1].endswith("two<|eot|>")
     assert texts[2] == f"<|begin_of_text|>{'x' * 300}<|end_of_text|>"
     assert (reader.manifest.num_documents, reader.manifest.num_bytes) == (3, 307)
+    for (tokens, mask), trained in zip(
+        reader.documents(), ["one<|end_of_text|>", "two<|eot|>", f"{'x' * 300}<|end_of_text|>"], strict=True
+    ):
+        assert byte_tokenizer.decode(tokens[mask], skip_special=False) == trained
+    assert not result(make_job("texts", ["one", "two"]), tmp_path / "texts").manifest.has_mask
 
 
 def test_documents_keep_their_order_over_batches_and_shards(make_job, byte_tokenizer, tmp_path, monkeypatch):

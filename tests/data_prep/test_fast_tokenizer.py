@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import fast_tokenizer
-from data_prep.fast_tokenizer import PROBES, Engine, choose_engine, same, vocabulary_texts
+from data_prep.fast_tokenizer import PROBES, Engine, choose_engine, reference, same, vocabulary_texts
 from data_prep.machine import LIBRARY
 from data_prep.train_bpe import train_bpe
 from mm_train.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
@@ -36,7 +36,7 @@ def llama3(tmp_path_factory) -> tuple[Tokenizer, Path]:
 
 
 def choose(tokenizer: Tokenizer, folder: Path) -> tuple[Engine, str]:
-    return choose_engine(folder, tokenizer.sha256, tokenizer.vocab_size)
+    return choose_engine(tokenizer, folder, reference(tokenizer, folder), lambda function, *given: function(*given))
 
 
 @needs_fastokens
@@ -51,7 +51,7 @@ def test_fastokens_is_taken_when_it_is_exact(trained, llama3):
 def test_a_library_that_differs_anywhere_is_not_taken(trained, monkeypatch):
     tokenizer, folder = trained
     real = fast_tokenizer._fastokens
-    last = vocabulary_texts(folder)[-1]
+    last = vocabulary_texts(tokenizer.ordinary_tokens)[-1]
 
     def wrong(where: Path):
         encode = real(where)
@@ -90,7 +90,7 @@ def engines(folder: Path, sha256: str, *libraries: str) -> list:
 def test_tokenizers_gives_what_tiktoken_gives(llama3):
     """Training data comes from one, prompts from the other."""
     tokenizer, folder = llama3
-    probes = [*PROBES, *vocabulary_texts(folder)]
+    probes = [*PROBES, *vocabulary_texts(tokenizer.ordinary_tokens)]
     one, other = engines(folder, tokenizer.sha256, "tokenizers", "tiktoken")
     assert same(one(probes), other(probes))
 
@@ -109,13 +109,13 @@ def test_the_tokens_that_merging_cannot_reach_are_among_the_probes(llama3):
     description["model"]["ignore_merges"] = False
     merging = tokenizers.Tokenizer.from_str(json.dumps(description))
     merging.encode_special_tokens = True
-    texts = [text for text in "\n".join(vocabulary_texts(folder)).split("\n") if text]
+    texts = [text for text in "\n".join(vocabulary_texts(tokenizer.ordinary_tokens)).split("\n") if text]
     whole = [(text, ids[0]) for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True) if len(ids) == 1]
     merged = merging.encode_batch_fast([text for text, _ in whole], add_special_tokens=False)
     cut = {index for (_, index), item in zip(whole, merged, strict=True) if len(item.ids) > 1}
     assert len(cut) > 500
     (encode,) = engines(folder, tokenizer.sha256, "tiktoken")
-    found, _ = encode(vocabulary_texts(folder))
+    found, _ = encode(vocabulary_texts(tokenizer.ordinary_tokens))
     assert cut - set(found.tolist()) == set()
 
 

@@ -1,3 +1,4 @@
+import fsspec
 import numpy as np
 import pytest
 
@@ -72,3 +73,23 @@ def test_bad_input(data_set, capsys, arguments, message):
     assert peek.main([argument.replace("DATA", str(data_set)) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+def test_a_data_set_behind_a_url_looks_the_same(data_set, capsys):
+    files = fsspec.filesystem("memory")
+    for file in data_set.rglob("*"):
+        if file.is_file():
+            files.pipe_file(f"/peek/data/{file.relative_to(data_set)}", file.read_bytes())
+    shown = []
+    for place in (str(data_set), "memory://peek/data"):
+        assert peek.main([f"{place}/chat/train", "--window", "3", "-n", "2"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != ""
+    assert peek.main(["memory://peek/data/code/val", "--verify"]) == 0
+    assert "memory://peek/data/code/val: 1 shard(s) intact" in capsys.readouterr().out
+    files.pipe_file("/peek/data/dataset.json", b'{"sources": {"code": {}, "chat": {}}}')
+    assert peek.main(["memory://peek/data", "-n", "1"]) == 0
+    assert capsys.readouterr().out.count("=== ") == 4
+    assert peek.main(["memory://peek/nowhere"]) == 2
+    assert "no shards in memory://peek/nowhere" in capsys.readouterr().err
+    files.rm("/peek", recursive=True)

@@ -12,10 +12,10 @@ def rendered(byte_tokenizer, tmp_path):
     encode = Engine("tokenizers", tmp_path, byte_tokenizer.sha256).load()
 
     def one(document: Document, row_length: int | None = None) -> list:
-        (pieces,) = render([document], Frame.of(byte_tokenizer), encode, row_length)
+        (pieces,) = render([document], Frame.of(byte_tokenizer, encode), encode, row_length)
         return [(ids.tolist(), None if mask is None else mask.tolist()) for ids, mask in pieces]
 
-    one.many = lambda documents: render(documents, Frame.of(byte_tokenizer), encode, 8)
+    one.many = lambda documents: render(documents, Frame.of(byte_tokenizer, encode), encode, 8)
     return one
 
 

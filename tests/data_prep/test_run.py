@@ -216,14 +216,15 @@ def test_ranks_share_a_preparation(config, tmp_path, capsys):
     assert files(tmp_path / "again") == files(tmp_path / "whole")
 
 
-def test_workers_die_with_a_killed_parent(tmp_path):
+@pytest.mark.parametrize("forked", [False, True])
+def test_workers_die_with_a_killed_parent(tmp_path, forked):
     script = (
         "import time\n"
         "from data_prep.workers import processes\n"
         "if __name__ == '__main__':\n"
         "    import os\n"
-        "    with processes(1) as pool:\n"
-        "        print(pool.executor.submit(os.getpid).result(), flush=True)\n"
+        f"    with processes(2, {forked}) as pool:\n"
+        "        print(pool.call(os.getpid), flush=True)\n"
         "        time.sleep(60)\n"
     )
     file = tmp_path / "parent.py"
@@ -249,6 +250,18 @@ def test_llama3_tokenizer(config, tmp_path):
     tokens, _ = next(iter(reader.documents()))
     assert (tokens[0], tokens[-1]) == (128000, 128001)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_conversations_in_a_stream_are_trained_on_in_their_answers_alone(config, tmp_path):
+    stream = ["sources.chat.layout=stream", "sources.chat.row_length=null"]
+    assert prepare(config, *stream) == 0
+    reader = ShardReader(tmp_path / "out" / "chat" / "train")
+    assert (reader.manifest.layout, reader.manifest.has_mask) == ("stream", True)
+    assert not ShardReader(tmp_path / "out" / "code" / "train").manifest.has_mask
+    tokenizer = load_tokenizer(tmp_path / "out")
+    answers = [tokenizer.decode(tokens[mask], skip_special=False) for tokens, mask in reader.documents()]
+    assert len(answers) > 100
+    assert all(answer.removesuffix("<|eot|>").isdigit() for answer in answers if not answer.startswith("so "))
 
 
 def test_nothing_held_out_is_said(config, capsys):

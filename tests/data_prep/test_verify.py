@@ -177,3 +177,9 @@ def test_bad_input(capsys, arguments, message):
     assert verify.main(arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+def test_a_url_is_refused(capsys):
+    assert verify.main(["https://me:secret@example.org/data"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: https://example.org/data is not on this machine")

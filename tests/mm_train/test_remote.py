@@ -13,7 +13,7 @@ from mm_train.block_cache import BlockCache
 from mm_train.cli import UserError
 from mm_train.data import Loader, open_sources
 from mm_train.remote import RemoteFolder
-from mm_train.shards import ShardReader
+from mm_train.shards import ShardReader, ShardWriter
 from mm_train.tokenizer import load_tokenizer
 from tests.mm_train import shards_format_1
 from tests.mm_train.test_data import MIXTURE, same
@@ -123,6 +123,25 @@ def test_only_ranges_are_fetched_and_once(server, tmp_path):
     again = ShardReader(folder)
     assert np.array_equal(again.row(3, 64).tokens, row.tokens)
     assert len(server.asked) == asked + 1  # the manifest; the rest was kept
+
+
+def test_what_is_fetched_for_a_row_without_a_cache_is_the_blocks_that_it_lies_in(tmp_path, server, byte_tokenizer):
+    server.folder = tmp_path
+    facts = {"tokenizer_sha256": byte_tokenizer.sha256, "vocab_size": byte_tokenizer.vocab_size}
+    writer = ShardWriter(tmp_path, "a", "train", licence="CC0-1.0", domain="code", **facts)
+    tokens = np.arange(200_000) % byte_tokenizer.vocab_size
+    for some in np.split(tokens, 400):
+        writer.add(some)
+    writer.close()
+    reader = ShardReader(RemoteFolder(f"{server.url}/a/train"))
+    assert reader.row(0, 2048).tokens.tolist() == tokens[:2049].tolist()
+    server.asked.clear()
+    for window in (40, 41):
+        assert reader.row(window, 2048).tokens.tolist() == tokens[window * 2048 :][:2049].tolist()
+    ranges = [re.fullmatch(r"bytes=(\d+)-(\d+)", wanted) for _, wanted in server.asked]
+    fetched = sum(int(found[2]) - int(found[1]) + 1 for found in ranges)
+    assert len(ranges) == 4  # tokens and offsets of each
+    assert fetched <= 2 * (2 * reader.manifest.block_bytes + 401 * 8)
 
 
 def test_a_damaged_piece_in_the_cache_is_fetched_again(server, tmp_path):

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_train.cli import UserError
-from mm_train.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS, SPLIT_REGEX, Tokenizer, assemble, load_tokenizer
+from mm_train.tokenizer import (
+    CHAT_TEMPLATE,
+    CONTROL_TOKENS,
+    SPLIT_REGEX,
+    Tokenizer,
+    assemble,
+    byte_alphabet,
+    last_merge,
+    load_tokenizer,
+)
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 CHAT = [
@@ -161,6 +170,38 @@ def test_unusable_tokenizers(small, tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
+def test_a_damaged_model_is_one_clear_line_when_it_is_first_used(small, tmp_path):
+    small.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for change in ({"merges": [["t", "nothing"]]}, {"type": "Riddle"}):
+        changed = {**content, "model": {**content["model"], **change}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+        loaded = load_tokenizer(tmp_path)
+        with pytest.raises(UserError, match=r"tokenizer\.json is not a readable tokenizer\.json: "):
+            loaded.encode("x")
+    first, second, *others = content["added_tokens"]
+    content["added_tokens"] = [second, first, *others]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not the one that its place in the list gives it"):
+        load_tokenizer(tmp_path).encode("x")
+
+
+@given(
+    st.lists(st.text("abc", min_size=2, max_size=6), unique=True, max_size=12),
+    st.lists(st.text("abc", max_size=40), max_size=5),
+)
+def test_one_merge_a_token_is_as_good_as_all_of_them(words, texts):
+    """Whatever the ranks are, those out of order and tokens out of reach included: tiktoken merges by rank alone."""
+    tiktoken = pytest.importorskip("tiktoken", reason="the llama3 extra is not installed")
+    ranks = {token: i for i, token in enumerate([*(bytes([i]) for i in range(256)), *map(str.encode, words)])}
+    spelt = {token: "".join(byte_alphabet()[byte] for byte in token) for token in ranks}
+    merges = [tuple(spelt[part] for part in pair) for token in ranks if (pair := last_merge(token, ranks))]
+    built = assemble({spelt[token]: rank for token, rank in ranks.items()}, merges)
+    truth = tiktoken.Encoding("x", pat_str=SPLIT_REGEX, mergeable_ranks=ranks, special_tokens={})
+    assert built.encode_batch(texts) == truth.encode_ordinary_batch(texts)
+    assert built.ordinary_tokens == ranks
+
+
 def test_llama3_pinned_ids(llama3):
     assert llama3.vocab_size == 128256
     assert (llama3.bos_id, llama3.eos_id, llama3.stop_ids) == (128000, 128001, (128001, 128008))
@@ -189,7 +230,7 @@ def test_llama3_equals_tiktoken_on_every_unicode_block_and_awkward_runs(llama3, 
 
 
 def test_every_llama3_token_is_reached_from_its_own_text(llama3, oracle):
-    """The 678 that merges do not reach are what `ignore_merges` is for."""
+    """The 588 that merges do not reach are what `ignore_merges` is for."""
     own_text = [oracle.decode_single_token_bytes(i) for i in range(128000)]
     assert [len(text) for text in own_text] == llama3.token_bytes()[:128000].tolist()
     whole = [text.decode() for text in own_text if text.decode(errors="ignore").encode() == text]
