@@ -154,7 +154,7 @@ class Evaluate:
     """Benchmarks beside training: python -m eval.run on a checkpoint, in a process of its own on rank 0's machine."""
 
     every: int = 0  # steps, a multiple of checkpoint.every; 0: never
-    tasks: str = "all"  # as eval.run takes them: suites and benchmarks, with commas
+    tasks: str = "hellaswag,piqa,arc_easy"  # as eval.run takes them: suites and benchmarks, with commas
     limit: int = 100  # items of each benchmark; 0: all
     data: str = "data/eval"  # folder of python -m eval.prepare_data
     device: str = "cpu"  # cpu | cuda: rank 0's own GPU, which then has to have room for the model twice

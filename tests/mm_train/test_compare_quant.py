@@ -104,6 +104,7 @@ def test_a_control_that_differs_in_more_is_noted(words, runs, tmp_path):
     assert note.endswith("differs from " + str(runs / "qat-0") + " in more than quantisation: train.seed 1 (now 0)")
 
 
+@pytest.mark.slow  # three processes that load lm-eval
 def test_benchmarks_of_each_by_eval_run(words, runs, mirror, tmp_path):  # noqa: F811
     more = ["--eval", "piqa", "--limit", "2", "--eval-data", str(mirror.folder)]
     assert main(words(("qat-0",), (), "sft", *more)) == 0
