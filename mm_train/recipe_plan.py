@@ -33,6 +33,7 @@ from mm_train.cli import UserError
 from mm_train.config import Config
 from mm_train.release_format import FORMATS
 
+EXPORTS = (*FORMATS, "gguf")  # that mm_train.export can write
 SECTIONS = tuple(f.name for f in fields(Config))  # of a config: names that no stage may have
 
 
@@ -49,7 +50,7 @@ class StageEntry:
 class ExportEntry:
     """What is made of the last stage."""
 
-    format: str = "int4"
+    format: str = "int4"  # of EXPORTS
     out: str = "export"  # folder in OUT
 
 
@@ -176,8 +177,8 @@ def _read(path: Path) -> RecipeFile:
             raise UserError(f"{path}: stages.{name}.config is empty: name its stage file")
     if not recipe.model:
         raise UserError(f"{path}: model is empty: name a model file")
-    if recipe.export and recipe.export.format not in FORMATS:
-        raise UserError(f"{path}: export.format is {recipe.export.format!r}; it must be {' or '.join(FORMATS)}")
+    if recipe.export and recipe.export.format not in EXPORTS:
+        raise UserError(f"{path}: export.format is {recipe.export.format!r}; it must be {' or '.join(EXPORTS)}")
     return recipe
 
 

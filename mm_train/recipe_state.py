@@ -73,7 +73,7 @@ def refusal(recipe: Recipe, stage: Stage) -> str | None:
 
 def is_exported(export: Export) -> bool:
     """Is the release there, and made after the last stage was done?"""
-    done, made = export.run_dir / "DONE", export.out / "config.json"
+    done, made = export.run_dir / "DONE", export.out / ("model.gguf" if export.format == "gguf" else "config.json")
     return made.exists() and done.exists() and made.stat().st_mtime >= done.stat().st_mtime
 
 
