@@ -18,24 +18,35 @@ WITHOUT = {"ptq": "bf16", "ptq-control": "control", "qat": "control"}  # what a 
 def summary(models: Sequence[Model]) -> dict[str, Any]:
     """Losses beside those without quantisation, by kind, and how QAT's gap compares with PTQ's.
 
-    Gaps are of the held-out loss in nats per token, mean over the sources, each seed against its own reference.
-    `qat_gap_over_ptq_gap` has one number a seed; without control runs both gaps are to the bf16 model, which has seen
-    fewer tokens than QAT. None where PTQ loses nothing.
+    Gaps are of the held-out loss in nats per token, each seed against its own reference. `qat_gap_over_ptq_gap` has one
+    number a seed for each source, and under "all" for the mean over the sources; without control runs both gaps are to
+    the bf16 model, which has seen fewer tokens than QAT. None where PTQ loses nothing.
     """
-    losses = {kind: [mean_loss(model) for model in models if model["kind"] == kind] for kind in NAMES}
-    gaps: dict[str, list[float]] = {}
+    sources = list(models[0]["held_out"])
+    found = {name: gaps(models, [name]) for name in sources} | {"all": gaps(models, sources)}
+    losses = {kind: [mean_loss(model, sources) for model in models if model["kind"] == kind] for kind in NAMES}
+    ratios = {name: over(gap["qat"], gap["ptq-control"] or gap["ptq"] * len(gap["qat"])) for name, gap in found.items()}
+    return {"loss": losses, "gap": found["all"], "qat_gap_over_ptq_gap": ratios}
+
+
+def gaps(models: Sequence[Model], sources: Sequence[str]) -> dict[str, list[float]]:
+    """By kind, how much more loss each quantised model has on these sources than its reference."""
+    losses = {kind: [mean_loss(model, sources) for model in models if model["kind"] == kind] for kind in NAMES}
+    found: dict[str, list[float]] = {}
     for kind, reference in WITHOUT.items():
         base = losses[reference] or losses["bf16"] * len(losses[kind])
-        gaps[kind] = [loss - without for loss, without in zip(losses[kind], base, strict=True)]
-    ptq = gaps["ptq-control"] or gaps["ptq"] * len(gaps["qat"])
-    ratios = [qat / lost if lost > 0 else None for qat, lost in zip(gaps["qat"], ptq, strict=True)]
-    return {"loss": losses, "gap": gaps, "qat_gap_over_ptq_gap": ratios}
+        found[kind] = [loss - without for loss, without in zip(losses[kind], base, strict=True)]
+    return found
 
 
-def mean_loss(model: Model) -> float:
-    """Held-out loss, mean over the sources."""
-    held_out = model["held_out"].values()
-    return sum(score["loss"] for score in held_out) / len(held_out)
+def over(gap: Sequence[float], other: Sequence[float]) -> list[float | None]:
+    """Quotients; None where the other gap is none."""
+    return [mine / theirs if theirs > 0 else None for mine, theirs in zip(gap, other, strict=True)]
+
+
+def mean_loss(model: Model, sources: Sequence[str]) -> float:
+    """Held-out loss, mean over sources."""
+    return sum(model["held_out"][name]["loss"] for name in sources) / len(sources)
 
 
 def markdown(facts: Mapping[str, Any]) -> str:
@@ -67,9 +78,13 @@ def markdown(facts: Mapping[str, Any]) -> str:
                 cells = [spread([share[layer] for share in shares], ".2%") for layer in layers]
                 by_layer.append([f"{NAMES[kind]}, {words}", *cells])
 
-    ratios = [ratio for ratio in found["qat_gap_over_ptq_gap"] if ratio is not None]
+    ratios = {
+        name: spread([ratio for ratio in seeds if ratio is not None], ".2f") or "PTQ loses nothing"
+        for name, seeds in found["qat_gap_over_ptq_gap"].items()
+    }
     lines = [f"# int4-g32, experts grouped along {axis}, {activations}", "", *table(rows), ""]
-    lines += [f"QAT's gap over PTQ's: {spread(ratios, '.2f')}." if ratios else "PTQ loses nothing here."]
+    by_source = ", ".join(f"{name} {ratios[name]}" for name in sources)
+    lines += [f"QAT's gap over PTQ's: {ratios['all']}; of each source: {by_source}."]
     if "control" in kinds:
         lines += ["Both gaps are to the control, which has trained on the same tokens as QAT without quantisation."]
     else:

@@ -86,7 +86,10 @@ def test_all_models_of_both_seeds(words, runs, tmp_path, data_set):
     for kind, reference in (("qat", "control"), ("ptq-control", "control"), ("ptq", "bf16")):
         losses = facts["summary"]["loss"]
         assert gaps[kind] == pytest.approx([a - b for a, b in zip(losses[kind], losses[reference], strict=True)])
-    assert len(facts["summary"]["qat_gap_over_ptq_gap"]) == 2
+    ratios = facts["summary"]["qat_gap_over_ptq_gap"]
+    assert ratios["all"] == pytest.approx([q / p for q, p in zip(gaps["qat"], gaps["ptq-control"], strict=True)])
+    chat = [m["held_out"]["chat"]["loss"] for m in models[2:5]]  # control, ptq-control, qat of the first seed
+    assert ratios["chat"][0] == pytest.approx((chat[2] - chat[0]) / (chat[1] - chat[0]))
     assert facts["notes"] == []
     text = (tmp_path / "out/compare.md").read_text()
     assert "control: bf16, trained on as QAT" in text

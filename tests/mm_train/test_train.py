@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_train import config, export, generate, validate
+from mm_train import config, generate, validate
 from mm_train.anomalies import Anomalies
 from mm_train.checkpoint.folders import latest
 from mm_train.checkpoint.reader import Reader
 from mm_train.cli import UserError
 from mm_train.engine import PlainEngine
+from mm_train.export import __main__ as export
 from mm_train.inventory import active_parameters
 from mm_train.metric_names import NAMES
 from mm_train.metrics import read_metrics
