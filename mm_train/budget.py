@@ -13,7 +13,6 @@ from mm_train import rules
 from mm_train.cli import UserError
 from mm_train.config import Config
 from mm_train.manifest import NAME, read_manifest
-from mm_train.remote import is_url
 
 
 def with_tokens(cfg: Config, num_windows: Mapping[str, int]) -> Config:
@@ -36,6 +35,8 @@ def from_folder(cfg: Config) -> Config:
     """`with_tokens` by the manifests of the data set. Raises UserError when they are not in a folder here."""
     if not cfg.train.epochs:
         return cfg
+    from mm_train.remote import is_url  # numpy, which mm_train.describe does without
+
     names = [name for name, weight in cfg.data.mixture.items() if weight]
     folders = {name: Path(cfg.data.path) / name / "train" for name in names}
     missing = [name for name, folder in folders.items() if not (folder / NAME).is_file()]

@@ -107,6 +107,8 @@ def read_plan(args: argparse.Namespace) -> Plan:
         cfg.train.tokens = round(_number("--tokens", args.tokens, thousand=1000, example="6e12 or 500B"))
         cfg.train.epochs = 0.0
     cfg = budget.from_folder(cfg)
+    if not cfg.train.tokens:
+        raise UserError("train.tokens is 0; it must be above 0 where train.epochs does not say how long the stage is")
     rules.validate_training(cfg)
     if given.stage:
         rules.validate_stage(cfg)
