@@ -1,7 +1,7 @@
 """Start N training processes on this machine, pass signals on, and leave none behind. launch/local.sh runs it.
 
-    python launch/local.py NUM_PROCESSES FILE.yaml ... key=value ...
-    python launch/local.py NUM_PROCESSES -m MODULE ...       another command than training, eval.run for one
+    python -m launch.local NUM_PROCESSES FILE.yaml ... key=value ...
+    python -m launch.local NUM_PROCESSES -m MODULE ...       another command than training, eval.run for one
 
 SIGTERM and SIGUSR1, and SIGHUP of a terminal that closes, ask every rank to write a checkpoint and leave; Ctrl-C ends
 them at once. When a rank fails the others get SIGTERM, and SIGKILL after GRACE_SECONDS: without it they would wait for
@@ -12,7 +12,6 @@ Only the standard library, so that it starts at once.
 """
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -20,15 +19,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+
+from mm_train.processes import dies_with
+from mm_train.stopping import STOPPED
 
 USAGE = "usage: launch/local.sh NUM_PROCESSES FILE.yaml ... key=value ... (or: NUM_PROCESSES -m MODULE ...)"
 MODULE = ["-m", "mm_train.train"]
-STOPPED = 75  # exit status of a rank that stopped on request: mm_train.stopping
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 CTRL_C_SECONDS = 2.0  # a terminal sends SIGINT to every process itself; those that did not get it do so after this
 PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGHUP: signal.SIGTERM}
-PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
@@ -140,19 +139,6 @@ def tell(text: str, others: bool) -> None:
     """One line on stderr; a terminal that is gone is no reason to stop watching."""
     with contextlib.suppress(OSError):
         print(f"launch/local.sh: {text}{'; ending the others' if others else ''}", file=sys.stderr, flush=True)
-
-
-def dies_with(parent: int) -> Callable[[], None]:
-    """What a new process does first: ask the kernel for SIGKILL when `parent` dies."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
-
-    def prepare() -> None:
-        if prctl is not None:
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died in between
-                os._exit(128 + signal.SIGKILL)
-
-    return prepare
 
 
 def free_port() -> int:

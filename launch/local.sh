@@ -9,4 +9,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
-exec "$python" launch/local.py "$@"
+exec "$python" -m launch.local "$@"

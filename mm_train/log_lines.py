@@ -85,6 +85,14 @@ def validation_line(record: Record, facts: Record) -> str:
     return f"{step_label(record['step'], facts)}  held-out {record['source']}  loss {loss}{tail}"
 
 
+def evaluation_line(record: Record, facts: Record) -> str:
+    """The benchmark scores of a checkpoint in one line."""
+    scores = "  ".join(f"{name} {number(score, '.3f')}" for name, score in record["scores"].items())
+    extent = f" ({record['limit']} items each)" if record.get("limit") else ""
+    average = number(record.get("average"), ".3f")
+    return f"{step_label(record['step'], facts)}  evaluation{extent}  average {average or 'none'}  {scores}".rstrip()
+
+
 def skipped_line(record: Record, facts: Record) -> str:
     """A step without an update, and why."""
     return f"{step_label(record['step'], facts)}  skipped: {record['reason']}{so_far(record.get('skipped_steps'))}"

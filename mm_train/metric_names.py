@@ -39,6 +39,7 @@ NAMES: dict[str, dict[str, str]] = {  # kind of record -> key -> name
         "rollbacks": "faults/rollbacks",
     },
     "validation": {"loss": "validation/*/loss", "bits_per_byte": "validation/*/bits_per_byte"},
+    "evaluation": {"scores": "evaluation/*", "average": "evaluation/average"},
     "checkpoint": {
         "seconds": "checkpoint/seconds",
         "stalled_seconds": "checkpoint/stalled_seconds",

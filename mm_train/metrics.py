@@ -24,6 +24,7 @@ from mm_train.log_lines import (
     Record,
     alert_line,
     clock,
+    evaluation_line,
     number,
     rollback_line,
     run_line,
@@ -113,6 +114,16 @@ class Metrics:
         record = {"kind": "validation", "step": step, "source": source, **values}
         if self._record(record):
             self.say(validation_line(record, self._facts))
+            self._track(record)
+
+    def evaluation(self, step: int, **values: Any) -> None:
+        """Record the benchmark scores of the checkpoint of `step`, which come when training is further on.
+
+        `scores` by benchmark, their `average`, the `limit` of items and the `seconds` it took.
+        """
+        record = {"kind": "evaluation", "step": step, **values}
+        if self._record(record):
+            self.say(evaluation_line(record, self._facts))
             self._track(record)
 
     def checkpoint(self, step: int, **values: Any) -> None:

@@ -24,6 +24,7 @@ CHOICES = {
     "quant.expert_group_axis": ("out", "in"),
     "parallel.engine": ("auto", "deepspeed", "plain"),
     "parallel.zero_stage": (0, 1, 2),
+    "evaluate.device": ("cpu", "cuda"),
     "faults.spike_action": ("warn", "rollback", "stop"),
     "log.wandb": ("auto", "online", "offline", "disabled"),
 }
@@ -76,7 +77,8 @@ RANGES = {
     "data.ahead": Range(0, 1024),
     "data.cache_gib": Range(0, 1e6),
     "data.max_epochs": Range(0, COUNT, above=True),
-    "train.tokens": Range(0, 10**18, above=True),
+    "train.tokens": Range(0, 10**18),
+    "train.epochs": Range(0, 10_000),
     "train.global_batch_tokens": Range(0, COUNT, above=True),
     "train.micro_batch_size": Range(0, 65_536, above=True),
     "train.seed": Range(0, COUNT),
@@ -100,6 +102,8 @@ RANGES = {
     "checkpoint.every": Range(0, COUNT, above=True),
     "checkpoint.keep": Range(0, COUNT, above=True),
     "checkpoint.keep_every": Range(0, COUNT),
+    "evaluate.every": Range(0, COUNT),
+    "evaluate.limit": Range(0, COUNT),
     "faults.max_skipped_steps": Range(0, COUNT),
     "faults.spike_factor": Range(0, 1e6),
     "faults.max_rollbacks": Range(0, COUNT),
@@ -125,7 +129,7 @@ def validate_training(config: Config) -> None:
 
     Raises UserError that names keys and values.
     """
-    for section in ("data", "train", "optim", "moe", "quant", "parallel", "checkpoint", "faults", "log"):
+    for section in ("data", "train", "optim", "moe", "quant", "parallel", "checkpoint", "evaluate", "faults", "log"):
         check_values(section, getattr(config, section))
     validate_model(config.model)
     _refuse(_training_rules(config))
@@ -268,6 +272,16 @@ def _tensor_parallel_rules(config: Config) -> Rules:
 def _stage_rules(config: Config) -> Rules:
     train, optim = config.train, config.optim
     yield (
+        not (train.tokens and train.epochs),
+        f"train.tokens ({train.tokens}) and train.epochs ({train.epochs:g}) are both set: set one of them to 0",
+    )
+    yield (
+        bool(train.tokens or train.epochs),
+        "how long the stage is, is not said: set train.tokens, or train.epochs of its data",
+    )
+    if train.epochs:  # mm_train.budget makes tokens of them, and asks again
+        return
+    yield (
         train.tokens >= train.global_batch_tokens,
         f"train.tokens ({train.tokens}) is less than one batch, train.global_batch_tokens"
         f" ({train.global_batch_tokens})",
@@ -303,13 +317,18 @@ def _run_rules(config: Config) -> Rules:
         keep_every % every == 0,
         f"checkpoint.keep_every ({keep_every}) must be a multiple of checkpoint.every ({every}), or 0",
     )
-    steps = config.profile.steps
+    every_evaluation = config.evaluate.every
+    yield (
+        every_evaluation % every == 0,
+        f"evaluate.every ({every_evaluation}) must be a multiple of checkpoint.every ({every}), or 0",
+    )
+    steps, budget = config.profile.steps, config.total_steps or COUNT
     first, dash, last = steps.partition("-")
     last = last if dash else first
     yield (
-        not steps or (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= config.total_steps),
+        not steps or (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= budget),
         f"profile.steps is {steps!r}; it must be a step or a range of steps, counted from 1 and up to"
-        f" {config.total_steps}, e.g. 10-12",
+        f" {budget}, e.g. 10-12",
     )
 
 

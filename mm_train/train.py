@@ -98,7 +98,7 @@ def _train(
 ) -> int:
     import torch
 
-    from mm_train import data_plan, optim_groups
+    from mm_train import budget, data_plan, optim_groups
     from mm_train.block_cache import BlockCache
     from mm_train.checkpoint.folders import find
     from mm_train.checkpoint.reader import Reader, open_newest
@@ -123,6 +123,7 @@ def _train(
     how: dict[str, Any] = {"checked": data.verify, "cache": cache}
     loader = Loader(data.path, data.mixture, data.seq_len, cfg.train.seed, data.workers, data.ahead, **how)
     held.callback(loader.close)
+    asked, cfg = cfg, budget.with_tokens(cfg, loader.mixture.num_windows)
     held_out = open_sources(data.path, data.validation, "val", data.seq_len, **how)
     tokenizer = load_tokenizer(cfg.data.path)
     check_vocabulary(tokenizer, cfg.model)
@@ -179,6 +180,8 @@ def _train(
         data_mixture={name: quota / 1000 for name, quota in loader.mixture.quotas.items()},
         epochs=loader.mixture.epochs(cfg.total_steps * trainer.rows),
     )
+    if told := budget.said(asked, cfg):
+        metrics.say(told)
     for line in optim_groups.lines(optim_groups.table(cfg.model, cfg.optim)):
         metrics.say(line)
     plan = data_plan.plan(loader.mixture, cfg.data.seq_len, cfg.total_steps * trainer.rows)
@@ -195,6 +198,8 @@ def _train(
         metrics.alert(trainer.step, "data mixture changed", trainer.data_change)
     if reader is not None:
         metrics.say(f"resuming after step {trainer.step} from {reader.folder}")
+    trainer.evaluations.resume(trainer.step)
+    held.callback(trainer.evaluations.stop)
     with Profiler(cfg.profile.steps, run_dir, groups.rank, groups.device, metrics.say, cfg.total_steps) as profiler:
         run(trainer, profiler, stop, held_out, tokenizer.token_bytes(), started)
 
@@ -208,6 +213,7 @@ def _train(
         summary = {"step": cfg.total_steps, "tokens": cfg.total_steps * cfg.train.global_batch_tokens}
         with writing(run_dir):
             write_atomic(run_dir / "DONE", (json.dumps(summary) + "\n").encode())
+    trainer.evaluations.finish(trainer.step, lambda: watchdog.beat(trainer.step, "evaluation"))
     metrics.done(cfg.total_steps, seconds=time.perf_counter() - started)
     metrics.close()
     return 0

@@ -21,6 +21,7 @@ from mm_train.checkpoint.reader import Reader, check_data, open_newest, restore
 from mm_train.checkpoint.writer import Writer
 from mm_train.data import Loader
 from mm_train.engine import Engine
+from mm_train.evaluations import Evaluations
 from mm_train.metrics import Metrics
 from mm_train.parallel.groups import Groups
 from mm_train.shards import ShardReader
@@ -65,6 +66,7 @@ class Trainer:
         self.anomalies = Anomalies(cfg.faults)
         self.writer = Writer(self.run_dir, groups, cfg, beat=lambda: self._beat("checkpoint"))
         self.writer.reserve(engine)
+        self.evaluations = Evaluations(cfg, metrics, groups.is_main)
         self.stalled: dict[int, float] = {}  # seconds that the loop stood still for checkpoints under way, by step
         self.interval = Interval(cfg, groups, sorted(loader.readers))
         self.biases = [layer.expert_bias for layer in engine.model.moe_layers()]
@@ -168,11 +170,16 @@ class Trainer:
         self.report_written()
 
     def report_written(self) -> None:
-        """Log checkpoints that were finished meanwhile. Raises UserError when one could not be written."""
+        """Log checkpoints and evaluations that were finished meanwhile.
+
+        Raises UserError when a checkpoint could not be written.
+        """
+        self.evaluations.look(self.step)
         for written in self.writer.poll():
             stalled = self.stalled.pop(written.step, None)
             values = {"seconds": written.seconds, "stalled_seconds": stalled, "bytes": written.bytes}
             self.metrics.checkpoint(written.step, **values)
+            self.evaluations.look(self.step, written.folder)
 
     def resume(self, reader: Reader) -> None:
         """Take over everything from a checkpoint. Raises UserError when it is of another network or other data."""

@@ -4,6 +4,7 @@ python -m mm_train.validate --model runs/quickstart/qat --data data/quickstart -
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from kernels.cross_entropy import IGNORE
 from mm_train.cli import UserError, command
-from mm_train.data import collate, open_sources
+from mm_train.data import Batch, collate, open_sources
 from mm_train.files import write_atomic
 from mm_train.model import MobileMoE
 from mm_train.parallel.groups import Groups
@@ -45,6 +46,7 @@ def validate(
     groups: Groups,
     max_tokens: int = 0,
     beat: Callable[[], object] = lambda: None,
+    seen: Callable[[str, Batch], object] = lambda *_: None,
 ) -> dict[str, Score]:
     """Score the held-out rows of each source, shared out over the ranks; routing is dropless. Collective.
 
@@ -53,6 +55,7 @@ def validate(
         token_bytes_V: UTF-8 bytes of each token id (Tokenizer.token_bytes).
         max_tokens: of each source, in rows spread evenly over it; 0: all its full rows.
         beat: called before every forward pass.
+        seen: called after it, with the source and the batch; rows beyond the end have no label.
     """
     training = model.training
     model.eval()
@@ -62,7 +65,8 @@ def validate(
         total = reader.num_windows(seq_len)
         count = min(total, max(1, max_tokens // seq_len)) if max_tokens else total
         windows = [i * total // count for i in range(count)]
-        sums = _sum_rows(model, reader, windows, seq_len, rows, bytes_V, groups, beat)
+        after = functools.partial(seen, name)
+        sums = _sum_rows(model, reader, windows, seq_len, rows, bytes_V, groups, beat, after)
         nats, tokens, num_bytes = groups.sum(sums).tolist()
         scores[name] = Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1), int(tokens), int(num_bytes))
     model.train(training)
@@ -78,6 +82,7 @@ def _sum_rows(
     bytes_V: Tensor,
     groups: Groups,
     beat: Callable[[], object],
+    seen: Callable[[Batch], object],
 ) -> Tensor:
     """Nats, scored tokens and their bytes over this rank's share of the rows, float64."""
     sums = torch.zeros(3, dtype=torch.float64, device=groups.device)
@@ -89,6 +94,7 @@ def _sum_rows(
         batch = collate([reader.row(window, seq_len) for window in mine]).to(groups.device)
         batch.labels_BT[max(0, len(windows) - first) :] = IGNORE
         losses = model.losses(batch.tokens_BT, batch.labels_BT, batch.document_BT, batch.lengths)
+        seen(batch)
         scored = batch.labels_BT[batch.labels_BT != IGNORE]
         sums += torch.stack([losses.cross_entropy_sum.double(), _count(scored), bytes_V[scored].sum().double()])
     return sums

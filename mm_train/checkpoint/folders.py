@@ -4,6 +4,7 @@
                 step-00000200.partial    being written, or left behind by a write that was interrupted
                 step-00000100.replaced   was published before under this step; counts while step-00000100 is missing
                 step-00000050.removed    being deleted
+                step-00000050.in-use     a file: somebody reads step-00000050, which stays as long as this is there
                 latest                   name of the newest one and digest of its manifest, or a name written by hand
 
 Every change is one rename, so that a process may be killed between any two of them.
@@ -22,6 +23,7 @@ from mm_train.cli import UserError
 from mm_train.files import is_file, is_folder, sync, write_atomic
 
 NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
+IN_USE = ".in-use"
 LATEST = "latest"
 POINTER = re.compile(r"(?P<name>step-(?P<step>\d{8,})(\.replaced)?)(\n?| (?P<digest>[0-9a-f]{64})\n)")  # what it says
 
@@ -147,8 +149,8 @@ def publish(partial: Path, digest: str) -> Path:
 def prune(run_dir: Path, newest: int, keep: int, keep_every: int, always: int | None = None) -> None:
     """Remove checkpoints but the `keep` newest up to step `newest`, multiples of `keep_every` (0: none) and `always`.
 
-    Later ones are of a part of the run that was given up: they go too, as does what interrupted writes left. What
-    cannot be removed stays.
+    Later ones are of a part of the run that was given up: they go too, as does what interrupted writes left. Those in
+    use stay, and what cannot be removed.
     """
     try:
         found = complete(run_dir)
@@ -156,6 +158,7 @@ def prune(run_dir: Path, newest: int, keep: int, keep_every: int, always: int | 
         return
     steps = [step for folder in found if (step := step_of(folder)) is not None and step <= newest]
     kept = {*steps[:keep], *(step for step in steps if keep_every and step % keep_every == 0), always}
+    kept |= {step for folder in held(run_dir) if (step := step_of(folder)) is not None}
     for folder in root_of(run_dir).glob("step-*.replaced"):  # first: they would count again without those below
         if folder.with_suffix("") in found:
             remove(folder)
@@ -179,6 +182,23 @@ def remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         os.rename(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def hold(folder: Path) -> None:
+    """Keep a checkpoint until `let_go`, also when this process has ended. Raises OSError when that cannot be noted."""
+    folder.with_name(folder.name + IN_USE).touch()
+
+
+def let_go(folder: Path) -> None:
+    """The checkpoint may be removed again, by the next save that has a reason to."""
+    with contextlib.suppress(OSError):
+        folder.with_name(folder.name + IN_USE).unlink()
+
+
+def held(run_dir: Path) -> list[Path]:
+    """Checkpoints in use, oldest first; they may be gone all the same, if somebody removed them by hand."""
+    notes = sorted(root_of(run_dir).glob(f"step-*{IN_USE}"))
+    return [folder for note in notes if step_of(folder := note.with_name(note.name.removesuffix(IN_USE))) is not None]
 
 
 def partial_of(run_dir: Path, step: int) -> Path:

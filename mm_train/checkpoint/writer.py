@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mm_train import config
 from mm_train.checkpoint import files
-from mm_train.checkpoint.folders import partial_of, prune, publish, remove, root_of, sweep
+from mm_train.checkpoint.folders import hold, partial_of, prune, publish, remove, root_of, sweep
 from mm_train.checkpoint.format import FORMAT, Part, open_checkpoint, write_manifest
 from mm_train.checkpoint.share import Staging, as_bytes, in_words, share_of
 from mm_train.cli import UserError
@@ -272,7 +272,10 @@ class Writer:
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        keep = self.cfg.checkpoint
+        keep, evaluations = self.cfg.checkpoint, self.cfg.evaluate.every
+        if evaluations and job.step % evaluations == 0:  # mm_train.evaluations reads it, and lets it go
+            with contextlib.suppress(OSError):
+                hold(final)
         prune(self.run_dir, job.step, keep.keep, keep.keep_every, self.cfg.decay_from)
         return Written(job.step, time.perf_counter() - job.begun, size, final)
 

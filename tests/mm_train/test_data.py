@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kernels.cross_entropy import IGNORE
 from mm_train.cli import UserError
 from mm_train.data import Loader, collate
+from mm_train.model import MobileMoE
 from mm_train.order import BLOCK
 from mm_train.shards import Row
 
@@ -157,3 +158,39 @@ def test_errors_name_what_is_wrong(data_set, tmp_path):
         Loader(data_set, {"code": 1}, 10**6, 0)
     with pytest.raises(UserError, match="row_length"):
         Loader(data_set, {"chat": 1}, 32, 0)
+
+
+def test_sft_scores_what_the_assistant_says_and_nothing_else(data_set, byte_tokenizer):
+    """Real rows: what is a label is found from the control tokens alone, and what it says from the text."""
+    loader = Loader(data_set, {"chat": 1}, 64, seed=0)
+    tokenizer, said = byte_tokenizer, []
+    for first in range(0, 64, 8):
+        batch = loader.batch(first, 8)
+        for tokens, labels, document in zip(batch.tokens_BT, batch.labels_BT, batch.document_BT, strict=True):
+            answering, wanted = False, []
+            row, answer = tokens.tolist(), tokenizer.headers["assistant"]
+            for place, token in enumerate(row):
+                last = place + 1 == len(row)
+                answering |= row[max(0, place + 1 - len(answer)) : place + 1] == answer
+                answering &= token != tokenizer.eot_id
+                if not last and document[place] == document[place + 1]:
+                    wanted.append(row[place + 1] if answering else IGNORE)
+                else:  # the last label is of the row's end, which tokens do not show; one of another document is none
+                    wanted.append(labels[place].item() if last else IGNORE)
+            assert labels.tolist() == wanted
+            said += [tokenizer.decode([x for x in labels.tolist() if x not in (IGNORE, tokenizer.eot_id)])]
+    assert len("".join(said)) > 500
+    assert "next?" not in "".join(said)  # what the user says
+
+
+def test_a_longer_context_is_the_same_text_in_longer_rows(data_set, small_model):
+    """Stream shards fit any length, and a network sees the beginning of a longer row as it sees a short one."""
+    short, long = (Loader(data_set, {"code": 1}, length, seed=0).readers["code"] for length in (64, 128))
+    assert long.num_windows(128) == short.num_windows(64) // 2
+    row = long.row(1, 128)
+    pair = [short.row(window, 64).tokens for window in (2, 3)]
+    assert row.tokens.tolist() == [*pair[0][:-1].tolist(), *pair[1].tolist()]
+    model = MobileMoE(small_model).eval()
+    model.init_weights(0)
+    tokens = torch.from_numpy(row.tokens[:-1].astype(np.int64))[None]
+    torch.testing.assert_close(model(tokens)[:, :64], model(tokens[:, :64]), rtol=1e-5, atol=1e-5)

@@ -301,7 +301,7 @@ def test_one_system_of_units_but_for_the_papers_budget(text):
         ("train.tokens=0", "train.tokens is 0; it must be above 0"),
         (
             "--tokens 1e308",
-            "train.tokens is a whole number of 1,024 bits; it must be above 0 and at most 1,000,000,000,",
+            "train.tokens is a whole number of 1,024 bits; it must be at least 0 and at most 1,000,000,000,",
         ),
         ("--tokens lots", "--tokens is 'lots'; it must be a number, such as 6e12 or 500B"),
         ("--tokens nan", "--tokens is 'nan'; it must be a number"),

@@ -8,7 +8,7 @@ from mm_train.metric_names import GROUPS, NAMES, named
 def test_the_groups_are_those_of_the_documentation():
     assert set(GROUPS) == {
         *("train", "grad_norm", "router", "experts", "throughput", "time", "data", "memory"),
-        *("faults", "validation", "checkpoint"),
+        *("faults", "validation", "evaluation", "checkpoint"),
     }
 
 
@@ -65,4 +65,7 @@ def test_no_two_values_of_a_kind_share_a_name():
         stars = [name for name in names.values() if "*" in name]
         inside = {(name, star) for name in exact for star in stars if fnmatch.fnmatch(name, star)}
         # shown beside their parts on purpose
-        assert inside <= {("grad_norm/total", "grad_norm/*"), ("time/step", "time/*"), ("time/since_start", "time/*")}
+        assert inside <= {
+            *(("time/step", "time/*"), ("time/since_start", "time/*")),
+            *(("grad_norm/total", "grad_norm/*"), ("evaluation/average", "evaluation/*")),
+        }

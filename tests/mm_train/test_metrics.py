@@ -230,6 +230,7 @@ def a_run_of_everything(metrics: Metrics) -> None:
         rollbacks=0,
     )
     metrics.validation(10, "code", loss=2.0, bits_per_byte=1.5)
+    metrics.evaluation(10, scores={"piqa": 0.5}, average=0.5, limit=100, seconds=9.0)
     metrics.checkpoint(10, seconds=2.0, stalled_seconds=0.1, bytes=1000)
     metrics.skipped(11, math.nan, math.nan, skipped_steps=1)
     metrics.rollback(12, to_step=10, reason="spike", rollbacks=1)
@@ -285,12 +286,14 @@ def test_a_wandb_offline_folder_read_back_has_every_group(tmp_path, monkeypatch)
         "data/code": 0.6,
         "memory/host": 1.0,
         "validation/code/loss": 2.0,
+        "evaluation/piqa": 0.5,
+        "evaluation/average": 0.5,
         "checkpoint/stalled_seconds": 0.1,
         "faults/skipped_steps": 1,
         "faults/rollbacks": 1,
         "faults/alerts": 1,
     }.items() <= logged.items()
-    assert [row["step"] for row in rows] == [10, 10, 10, 11, 12, 12]
+    assert [row["step"] for row in rows] == [10, 10, 10, 10, 11, 12, 12]
     (alert,) = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
     assert (alert.title, alert.text, alert.level) == ("dead experts", "step 12: 1 expert got no token", "ERROR")
 

@@ -3,7 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.router import route
+from mm_train import config, quant
 from mm_train.cli import UserError
+from mm_train.model import MobileMoE
 from mm_train.quant import (
     FakeQuant,
     Linear,
@@ -15,6 +18,8 @@ from mm_train.quant import (
     quantise,
     unpack,
 )
+from mm_train.release import load_release, save_release
+from mm_train.release_format import stored_tensors
 
 magnitudes = st.sampled_from([1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6])
 
@@ -105,3 +110,97 @@ def test_a_linear_computes_with_quantised_weights_and_inputs():
     torch.testing.assert_close(linear(x), want)
     enable_fake_quant(linear, FakeQuant(activations_int8=False))
     torch.testing.assert_close(linear(x), x @ fake_quantise(linear.weight).T)
+
+
+def is_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def rounded(model: MobileMoE, expert_axis: int) -> MobileMoE:
+    """A plain model of the values that an int4 file of `model` holds, tensor by tensor of the format's inventory."""
+    copy = MobileMoE(model.config)
+    copy.load_state_dict(model.state_dict())
+    values = dict(copy.named_parameters())
+    packed = {stored.source for stored in stored_tensors(model.config, "int4") if stored.role == "codes"}
+    assert packed == {name for name, value in values.items() if value.ndim >= 2 and "router" not in name}
+    with torch.no_grad():
+        for name in packed:
+            axis = expert_axis if is_expert(name) else -1
+            codes, scales = quantise(values[name], axis)
+            values[name].copy_(dequantise(unpack(pack(codes)), scales, axis))
+    return copy
+
+
+@pytest.fixture
+def model(small_model):
+    model = MobileMoE(small_model)
+    model.init_weights(0)
+    with torch.no_grad():  # choices that are not all about alike
+        for layer in model.moe_layers():
+            layer.router.weight.mul_(20)
+            layer.expert_bias.copy_(torch.linspace(-0.1, 0.1, small_model.num_local_experts))
+    return model.train()
+
+
+def batch(small_model):
+    torch.manual_seed(1)
+    tokens = torch.randint(0, small_model.vocab_size, (2, 32))
+    return tokens, tokens.roll(-1, 1), torch.zeros_like(tokens, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_qat_computes_with_the_int4_file_and_learns_straight_through(model, small_model, axis):
+    """Every linear, expert and the embedding, in lookup and head, bit for bit; router and norms as they are.
+
+    The gradient of a weight is that of the value it was rounded to: the straight-through estimator.
+    """
+    plain = rounded(model, -1 if axis == "out" else -2)
+    enable_fake_quant(model, FakeQuant.of(config.Quant(enabled=True, expert_group_axis=axis, activations_int8=False)))
+    losses, wanted = model(*batch(small_model)), plain.train()(*batch(small_model))
+    assert torch.equal(losses.cross_entropy_sum, wanted.cross_entropy_sum)
+    assert torch.equal(losses.counts_LE, wanted.counts_LE)
+    for result in (losses, wanted):
+        (result.cross_entropy_sum + 1e-3 * result.z_loss_sum).backward()
+    others = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.any(), name
+        assert torch.equal(parameter.grad, others[name].grad), name
+    tokens = batch(small_model)[0]
+    assert torch.equal(model.eval()(tokens), plain.eval()(tokens))
+
+
+def test_the_axes_round_experts_differently_and_the_rest_alike(model):
+    out, into = (dict(rounded(model, axis).named_parameters()) for axis in (-1, -2))
+    assert {name for name in out if not torch.equal(out[name], into[name])} == {name for name in out if is_expert(name)}
+
+
+def test_a_release_holds_what_qat_computed_with(model, tmp_path):
+    save_release(model, tmp_path / "int4", "int4")
+    released, computed = load_release(tmp_path / "int4", torch.float32), rounded(model, -1)
+    for name, value in released.named_parameters():
+        if value.ndim >= 2 and "router" not in name:
+            assert torch.equal(value, dict(computed.named_parameters())[name]), name
+
+
+def test_what_goes_into_every_matrix_product_is_int8_but_the_routers(model, small_model, monkeypatch):
+    """A layer of experts against a loop over tokens; the count of the rest: q, k, v, o, gate, up, down, head."""
+    plain = rounded(model, -1)
+    enable_fake_quant(model, FakeQuant())
+    layer, other = model.moe_layers()[0], plain.moe_layers()[0]
+    x_TD = torch.randn(9, small_model.hidden_size)
+    ids_TK, weights_TK = route(other.router(x_TD), *other.routing_options())  # of x as it is
+    q8, experts, shared = fake_quantise_activations, other.experts, other.shared_expert
+    want = torch.zeros_like(x_TD)
+    for t in range(9):
+        for expert, weight in zip(ids_TK[t].tolist(), weights_TK[t], strict=True):
+            gate, up = (q8(x_TD[t]) @ experts.gate_up_proj[expert]).chunk(2)
+            want[t] += weight * (q8(torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert])
+        gate, up = (q8(x_TD[t]) @ proj.weight.T for proj in (shared.gate_proj, shared.up_proj))
+        want[t] += q8(torch.nn.functional.silu(gate) * up) @ shared.down_proj.weight.T
+    torch.testing.assert_close(layer(x_TD)[0], want, rtol=1e-4, atol=1e-6)
+
+    calls = []
+    monkeypatch.setattr(quant, "fake_quantise_activations", lambda x: (calls.append(x.shape), q8(x))[1])
+    model(*batch(small_model))
+    in_a_layer = 4 + 3 + 2  # attention, shared expert, experts: into gate_up and into down
+    assert len(calls) == small_model.num_hidden_layers * in_a_layer + 1

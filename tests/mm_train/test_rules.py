@@ -29,6 +29,7 @@ def test_every_number_has_a_range():
     sections = {name: getattr(cfg, name) for name in ("model", "data", "train", "optim", "moe", "parallel")}
     sections |= {
         "checkpoint": cfg.checkpoint,
+        "evaluate": cfg.evaluate,
         "faults": cfg.faults,
         "log": cfg.log,
         "model.rope_scaling": config.RopeScaling(),
@@ -64,7 +65,7 @@ def test_messages_name_value_and_bounds():
         ("model.vocab_size", 2**25, "model.vocab_size is 33554432; it must be above 0 and at most 16,777,216"),
         ("model.num_local_experts", -4, "model.num_local_experts is -4; it must be at least 0 and at most 65,536"),
         ("model.rms_norm_eps", 0.5, "model.rms_norm_eps is 0.5; it must be at least 1e-12 and at most 0.1"),
-        ("train.tokens", 10**400, "train.tokens is a whole number of 1,329 bits; it must be above 0"),
+        ("train.tokens", 10**400, "train.tokens is a whole number of 1,329 bits; it must be at least 0"),
         ("moe.dispatch", "drop", "moe.dispatch is 'drop'; it must be one of dropless, drop_and_pad"),
     ):
         cfg = config.Config()
@@ -100,12 +101,18 @@ def test_the_network_is_finite_at_the_ends_of_the_ranges(high, small_model):
 
 def test_a_network_needs_no_stage_and_training_it_no_run():
     cfg = config.Config()
-    cfg.train.global_batch_tokens = cfg.train.tokens + 1
     cfg.data.mixture = {}
     rules.validate_training(cfg)
+    with pytest.raises(UserError, match=r"how long the stage is, is not said: set train.tokens, or train.epochs"):
+        rules.validate_stage(cfg)
+    cfg.train.tokens, cfg.train.global_batch_tokens = 1_000_000, 1_000_001
     with pytest.raises(UserError, match=r"train.tokens \(1000000\) is less than one batch"):
         rules.validate_stage(cfg)
     cfg.train.global_batch_tokens = 4096
+    cfg.train.epochs = 2
+    with pytest.raises(UserError, match=r"train.tokens \(1000000\) and train.epochs \(2\) are both set"):
+        rules.validate_stage(cfg)
+    cfg.train.epochs = 0
     rules.validate_stage(cfg)
     with pytest.raises(UserError, match=r"data.mixture is empty"):
         rules.validate(cfg)

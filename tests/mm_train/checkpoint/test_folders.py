@@ -3,7 +3,18 @@ import os
 import pytest
 
 from mm_train.checkpoint import folders
-from mm_train.checkpoint.folders import candidates, complete, find, latest, prune, publish, step_of
+from mm_train.checkpoint.folders import (
+    candidates,
+    complete,
+    find,
+    held,
+    hold,
+    latest,
+    let_go,
+    prune,
+    publish,
+    step_of,
+)
 from mm_train.checkpoint.format import name_of_step, open_checkpoint, read_manifest
 from mm_train.cli import UserError
 
@@ -34,6 +45,19 @@ def test_names_and_steps(tmp_path):
 def test_steps_are_numbers_not_words(tmp_path):
     make(tmp_path, 99999999, 100000000)
     assert [step_of(folder) for folder in complete(tmp_path)] == [100000000, 99999999]
+
+
+def test_a_checkpoint_in_use_stays(run):
+    root = run / "checkpoints"
+    hold(root / "step-00000001")
+    prune(run, 3, keep=1, keep_every=0)
+    assert names(run) == ["step-00000003", "step-00000001"]
+    assert held(run) == [root / "step-00000001"]
+    let_go(root / "step-00000001")
+    prune(run, 3, keep=1, keep_every=0)
+    assert names(run) == ["step-00000003"]
+    let_go(root / "step-00000001")  # twice does no harm
+    assert held(run) == []
 
 
 def test_latest_is_the_newest_and_later_ones_do_not_count(run):
