@@ -48,6 +48,7 @@ class Transformers:
 
         hf.register()
         self.model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = None  # texts are compared, not ended
 
     @torch.inference_mode()
     def log_probs(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
@@ -57,9 +58,7 @@ class Transformers:
     @torch.inference_mode()
     def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
         ids = torch.tensor([list(tokens)])
-        out = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1
-        )
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)
         return out[0, len(tokens) :].tolist()
 
 
