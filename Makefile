@@ -2,6 +2,7 @@
 #   PYTHON       interpreter for the .venv, 3.11 or newer            make test PYTHON=python3.12
 #   TORCH_INDEX  package index to take torch from, for a CUDA or CPU build other than the one that is found
 #   ARGS         more arguments for pytest                            make test ARGS="-k metrics"
+#   WORKERS      processes that share the tests, each with a file at a time      make test WORKERS=8
 #   GPU_PYTHON   for gpu-test and gpu-bench, an interpreter that has torch and triton: nothing is installed then
 #                                                                     make gpu-bench GPU_PYTHON=python3
 #   SIZES        networks that gpu-bench measures                     make gpu-bench SIZES="s m"
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 2
 GPU_PYTHON ?=
 SIZES ?= s m l
 EXTRAS := distributed,data,quality,tracking,eval,hf,device,report,law,llama3,kernels,peers,dev
@@ -33,9 +35,9 @@ install: .venv/.installed ## make .venv and install everything into it
 quickstart: .venv/.installed ## the whole pipeline on real text, small enough for two CPU cores; continues where it stopped
 	@launch/quickstart.sh
 
-# one thread: sums that are compared bit for bit need one order, and matrices this small are quicker so
+# one thread each: sums that are compared bit for bit need one order, and matrices this small are quicker so
 test: .venv/.installed ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 gpu-test: $(FOR_GPU) ## run the tests that need a GPU
 	@$(NEED_GPU)

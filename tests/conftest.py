@@ -29,6 +29,12 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """A test draws the same numbers whichever tests ran before it, in whichever process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where Triton's kernels run."""

@@ -222,4 +222,4 @@ def test_two_processes_stop_together_and_the_same_command_continues(small_config
 def test_another_module_than_training():
     done = subprocess.run([ROOT / "launch/local.sh", "2", "-m", "platform", "terse"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout.splitlines() == [platform.platform(True, True)] * 2
+    assert done.stdout.replace("\n", "") == platform.platform(True, True) * 2  # both at once, hence in any order

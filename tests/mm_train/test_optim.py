@@ -83,9 +83,9 @@ def test_norms_by_part_are_torchs_and_clipping_scales_all_of_it(small_model):
     model(tokens, tokens).cross_entropy_sum.backward()
     norms = gradient_norms(engine, Groups())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert norms["total"] == pytest.approx(float(torch.nn.utils.get_total_norm(gradients.values())), rel=1e-6)
+    assert norms["total"] == pytest.approx(float(torch.nn.utils.get_total_norm(gradients.values())), rel=3e-6)
     router = [g for name, g in gradients.items() if "router" in name]
-    assert norms["router"] == pytest.approx(float(torch.nn.utils.get_total_norm(router)), rel=1e-6)
+    assert norms["router"] == pytest.approx(float(torch.nn.utils.get_total_norm(router)), rel=3e-6)
     assert math.sqrt(sum(n**2 for part, n in norms.items() if part != "total")) == pytest.approx(norms["total"])
 
     clip(engine, norms["total"], 2 * norms["total"])
