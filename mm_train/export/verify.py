@@ -25,6 +25,7 @@ from mm_train.export.runtimes import Ours, Runtime, gguf_file, runtimes
 from mm_train.export.source import ExportSource
 from mm_train.files import write_atomic
 from mm_train.model_folder import find_tokenizer, load_model
+from mm_train.release_format import stored_tensors
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -43,12 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of llama.cpp (default %(default)s)")
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     args = parser.parse_args(argv)
+    if args.num_prompts < 1 or args.new_tokens < 0 or args.threads < 1:
+        raise UserError(
+            f"--num-prompts {args.num_prompts}, --new-tokens {args.new_tokens},"
+            f" --threads {args.threads}: at least 1, 0, 1"
+        )
     source = ExportSource(args.reference)
     found: dict[str, Any] = {"codes": compare_codes(args.artefact, source)}
     differ = found["codes"]["differ"]
     print(f"codes and scales: {found['codes']['equal']} tensors equal bit for bit, {len(differ)} not")
     for name in differ:
         print(f"  differs: {name}")
+    if not found["codes"]["equal"] and not differ:
+        print("  there is no int4 tensor in it: only what both say of text is compared")
     prompts = read_prompts(args, load_tokenizer(find_tokenizer(args.reference)), source)
     found["runtimes"] = compare_runtimes(args, prompts)
     for name, numbers in found["runtimes"].items():
@@ -66,16 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare_codes(artefact: Path, source: ExportSource) -> dict[str, Any]:
     """Every int4 tensor of an artefact against the reference's: how many are equal, and the names of those that differ.
 
+    Where some tensors are int4, those that should be and are not differ too. An artefact of floats has none of both.
     Raises UserError when the artefact is of another network, or its groups lie along another axis.
     """
-    equal, differ = 0, []
+    equal, differ, seen = 0, [], set()
     for name, codes, scales, axis in stored_int4(artefact, source):
+        seen.add(name)
         expected = source.int4(name, axis)
         if torch.equal(codes, expected[0]) and torch.equal(scales, expected[1]):
             equal += 1
         else:
             differ.append(name)
-    return {"equal": equal, "differ": differ}
+    wanted = {stored.source for stored in stored_tensors(source.shape, "int4") if stored.role == "codes"}
+    return {"equal": equal, "differ": differ + (sorted(wanted - seen) if seen else [])}
 
 
 def stored_int4(artefact: Path, source: ExportSource) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, int]]:

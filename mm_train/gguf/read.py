@@ -61,12 +61,18 @@ def read_model(path: Path) -> Facts:
     return Facts(path, facts, tokens, merges, {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors})
 
 
-def open_file(path: Path) -> Any:
-    """gguf's reader of a file. Raises UserError where there is none."""
+def library() -> Any:
+    """The package gguf. Raises UserError where it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise UserError("reading GGUF needs the package gguf: pip install 'mobilemoe-train[device]'") from None
+        raise UserError("GGUF files need the package gguf: pip install 'mobilemoe-train[device]'") from None
+    return gguf
+
+
+def open_file(path: Path) -> Any:
+    """gguf's reader of a file. Raises UserError where there is none."""
+    gguf = library()
     if not path.is_file():
         raise UserError(f"GGUF file not found: {path}")
     try:

@@ -14,6 +14,7 @@ from mm_train.export.source import ExportSource
 from mm_train.gguf import layout
 from mm_train.gguf.layout import ARCHITECTURE, Tensor
 from mm_train.gguf.q4_0 import blocks
+from mm_train.gguf.read import library
 from mm_train.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 MOSTLY_Q4_0, ALL_F32 = 2, 0  # llama.cpp's file types
@@ -34,7 +35,7 @@ def write(
 
     Raises UserError for a network that llama.cpp has not, and without the package gguf; OSError where it cannot write.
     """
-    gguf = _library()
+    gguf = library()
     model = source.shape
     tensors = [t._replace(quantised=t.quantised and not as_float32) for t in layout.tensors(model)]
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
@@ -64,14 +65,6 @@ def write(
             progress(tensor.bytes)
     finally:
         writer.close()
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("writing GGUF needs the package gguf: pip install 'mobilemoe-train[device]'") from None
-    return gguf
 
 
 def _add(writer: Any, key: str, value: int | float | bool | str) -> None:

@@ -92,6 +92,17 @@ def test_a_release_is_compared_in_both_of_its_runtimes(run, tmp_path, changes):
     assert ours["max |d log p|"] < 0.05 or not changes
 
 
+def test_a_file_without_int4_is_not_called_equal(run, tmp_path, capsys):
+    pytest.importorskip("xllamacpp")
+    folder, out = run(), tmp_path / "out"
+    assert export(folder, out, "--float32") == 0
+    flags = ["--num-prompts", "1", "--tokens", "16", "--positions", "1", "--new-tokens", "0"]
+    assert main(["verify", str(out), "--reference", str(folder), *flags]) == 0
+    assert "there is no int4 tensor in it" in capsys.readouterr().out
+    assert main(["verify", str(out), "--reference", str(folder), "--num-prompts", "0"]) == 2
+    assert "--num-prompts 0" in capsys.readouterr().err
+
+
 def test_after_training_it_says_so(run, tmp_path, capsys):
     assert export(run(), tmp_path / "out") == 0
     assert "quantised after training" in capsys.readouterr().out
