@@ -18,7 +18,7 @@
 MAX_WAITS=500 # times of ten minutes: more than the slowest task of a large preparation takes
 
 # A task that fails leaves its name here for those that would wait for it; the folder is that of the log.
-log=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p')
+log=$(scontrol show job "$self" -o | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p')
 failed=$(dirname "${log:-.}")/failed-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
 
 task -m data_prep.run --rank "${SLURM_ARRAY_TASK_ID:-0}" --world "${SLURM_ARRAY_TASK_COUNT:-1}" \
@@ -31,5 +31,5 @@ task -m data_prep.run --rank "${SLURM_ARRAY_TASK_ID:-0}" --world "${SLURM_ARRAY_
     again "$MAX_WAITS"
   fi
 }
-echo "task ${SLURM_ARRAY_TASK_ID:-0} of job ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} failed with status $status: $log" >>"$failed"
+echo "job $self failed with status $status, see $log" >>"$failed"
 exit "$status"

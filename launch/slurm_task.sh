@@ -12,6 +12,9 @@ trap '' USR1 # a warning must not kill what is not ready for it
 
 EX_TEMPFAIL=75 # of a process that stopped with its work saved, or has to wait for others
 MAX_RESTARTS=${MM_MAX_RESTARTS:-20}
+# This job for scontrol. Of an array one task has the id of the whole array, which would name all of them.
+self=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+self=${self:-${SLURM_JOB_ID:?this runs inside a SLURM job}}
 
 # task WORDS...: python's words, as "-m MODULE ...". Sets `status`, and `warned` and `cancelled` to 1 by signals.
 task() {
@@ -20,13 +23,15 @@ task() {
     start=(srun --ntasks=1 --container-image="$MM_CONTAINER_IMAGE" --container-workdir="$MM_ROOT"
       --container-mounts="$MM_ROOT:$MM_ROOT${MM_CONTAINER_MOUNTS:+,$MM_CONTAINER_MOUNTS}")
   warned=0 cancelled=0 status=0
-  echo "$(date +%FT%T) job ${SLURM_JOB_ID:-none} on $(hostname), start ${SLURM_RESTART_COUNT:-0}: ${*:1:12}"
+  echo "$(date +%FT%T) job $self on $(hostname), start ${SLURM_RESTART_COUNT:-0}: ${*:1:12}"
   "${start[@]}" "${MM_PYTHON:-python3}" "$@" &
   child=$!
   trap 'warned=1; kill -USR1 $child 2>/dev/null || true' USR1
   trap 'cancelled=1; kill -TERM $child 2>/dev/null || true' TERM
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends `wait`, not the process
   wait "$child" || status=$?
+  trap '' USR1
+  trap - TERM
   echo "$(date +%FT%T) ended with status $status"
 }
 
@@ -36,7 +41,7 @@ again() {
     echo "error: started ${SLURM_RESTART_COUNT} times more already; not again (the same submission goes on)" >&2
     exit 1
   fi
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$self"
   sleep 60 # SLURM ends this script
   exit 1
 }

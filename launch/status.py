@@ -184,10 +184,12 @@ def _failure(name: str, states: Sequence[JobState], folder: Path) -> list[str]:
 
 
 def _last_line(path: Path) -> str:
+    """The last error that a log tells of, or else its last line."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    errors = [line for line in lines if "error: " in line]
+    return (errors or lines or [""])[-1][:300]
 
 
 def arrays(record: Mapping[str, Any], in_slurm: Mapping[str, list[JobState]]) -> str:
