@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The settings of the site for a batch script: goes to the project's folder, reads the site file, loads modules, finds
 # Python. Afterwards MM_ROOT is the folder, and MM_PYTHON the interpreter (inside the container, where there is one).
-cd "${MM_ROOT:-${SLURM_SUBMIT_DIR:-.}}"
+cd "${MM_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || exit
 export MM_ROOT=$PWD
 
 site=${MM_SITE:-}
@@ -16,6 +16,7 @@ fi
 
 if [[ -n ${MM_MODULES:-} ]]; then
   set +u # not every site's modules are written for it
+  # shellcheck disable=SC1091
   type module >/dev/null 2>&1 || . /etc/profile.d/modules.sh 2>/dev/null || true
   type module >/dev/null 2>&1 || { echo "error: MM_MODULES is set, and there is no module command here" >&2; exit 2; }
   # shellcheck disable=SC2086
@@ -23,7 +24,5 @@ if [[ -n ${MM_MODULES:-} ]]; then
   set -u
 fi
 
-if [[ -z ${MM_CONTAINER_IMAGE:-} ]]; then
-  [[ -n ${MM_PYTHON:-} || ! -x .venv/bin/python ]] || export MM_PYTHON=$PWD/.venv/bin/python
-  command -v "${MM_PYTHON:-python3}" >/dev/null || { echo "error: no Python at ${MM_PYTHON:-python3} (MM_PYTHON)" >&2; exit 2; }
-fi
+# In a container the interpreter is the one there.
+[[ -n ${MM_CONTAINER_IMAGE:-} || -n ${MM_PYTHON:-} || ! -x .venv/bin/python ]] || export MM_PYTHON=$PWD/.venv/bin/python

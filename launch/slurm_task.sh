@@ -10,7 +10,9 @@ trap '' USR1 # a warning must not kill what is not ready for it
 # shellcheck source=launch/slurm_site.sh
 . "${MM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/launch/slurm_site.sh"
 
+# shellcheck disable=SC2034 # for the scripts
 EX_TEMPFAIL=75 # of a process that stopped with its work saved, or has to wait for others
+# shellcheck disable=SC2034
 MAX_RESTARTS=${MM_MAX_RESTARTS:-20}
 # This job for scontrol. Of an array one task has the id of the whole array, which would name all of them.
 self=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
@@ -22,6 +24,11 @@ task() {
   [[ -n ${MM_CONTAINER_IMAGE:-} ]] &&
     start=(srun --ntasks=1 --container-image="$MM_CONTAINER_IMAGE" --container-workdir="$MM_ROOT"
       --container-mounts="$MM_ROOT:$MM_ROOT${MM_CONTAINER_MOUNTS:+,$MM_CONTAINER_MOUNTS}")
+  if [[ -z ${MM_CONTAINER_IMAGE:-} ]] && ! command -v "${MM_PYTHON:-python3}" >/dev/null; then
+    echo "error: no Python at ${MM_PYTHON:-python3} (MM_PYTHON)" >&2
+    exit 2
+  fi
+  # shellcheck disable=SC2034
   warned=0 cancelled=0 status=0
   echo "$(date +%FT%T) job $self on $(hostname), start ${SLURM_RESTART_COUNT:-0}: ${*:1:12}"
   "${start[@]}" "${MM_PYTHON:-python3}" "$@" &

@@ -29,8 +29,8 @@ from launch.site_file import Site
 from mm_train import recipe as recipe_command
 from mm_train import recipe_plan, recipe_state
 from mm_train.cli import UserError, command
-from mm_train.files import write_atomic
-from mm_train.recipe_plan import Recipe, Stage
+from mm_train.files import is_folder, write_atomic
+from mm_train.recipe_plan import Recipe
 from mm_train.recipe_state import DONE, RUNNING
 from mm_train.scaling_law import spec
 
@@ -151,19 +151,20 @@ def _limits(estimates: Sequence[Estimate], here: Site) -> Iterator[str]:
 
 def _data_notes(estimates: Sequence[Estimate], prepare: bool, must: bool) -> Iterator[str]:
     """Data sets that are not there: an error for the next stage, if it `must` start, a note for later ones."""
-    first = True
-    for it in estimates:
-        if it.state.kind == DONE:
+    for place, it in enumerate(it for it in estimates if it.state.kind != DONE):
+        stage = it.state.stage
+        path, how = stage.config.data.path, ""
+        if recipe_command.preparation(stage):
+            if prepare:
+                continue
+            words = ["python", "-m", "launch.submit", "--data", str(stage.data_config)]
+            how = f": --prepare, or first {shlex.join(words)}"
+        elif "://" in path or is_folder(Path(path)):
             continue
-        words = recipe_command.preparation(it.state.stage)
-        if words and not prepare:
-            stage: Stage = it.state.stage
-            text = f"stage {stage.name}: data set {stage.config.data.path} is not prepared: --prepare, or before it"
-            text += f" starts {shlex.join(['python', '-m', 'launch.submit', '--data', str(stage.data_config)])}"
-            if first and must:
-                raise UserError(text)
-            yield text
-        first = False
+        text = f"stage {stage.name}: data set {path} is not there{how}"
+        if must and not place:
+            raise UserError(text)
+        yield text
 
 
 def sweep(args: argparse.Namespace) -> int:
