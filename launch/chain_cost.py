@@ -113,8 +113,10 @@ def _facts(stage: Stage, shape: Shape, gpu: str, mfu: str) -> dict[str, Any] | N
 def _hint(stage: Stage, shape: Shape) -> str:
     """The largest smaller micro-batch into which the batch divides on so many ranks, in words; "" for none."""
     train, rows = stage.config.train, stage.config.data.seq_len * (shape.world // stage.config.parallel.tensor_parallel)
+    if not rows or train.global_batch_tokens % (rows * train.micro_batch_size) == 0:  # it is something else
+        return ""
     for size in range(train.micro_batch_size - 1, 0, -1):
-        if rows and train.global_batch_tokens % (rows * size) == 0:
+        if train.global_batch_tokens % (rows * size) == 0:
             return f"; {stage.name}.train.micro_batch_size={size} would do"
     return ""
 
