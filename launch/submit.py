@@ -235,7 +235,7 @@ def queue(
         ids = submitted(todo, here)
         _record(out, todo, ids, here, facts)
     print("queued: " + ", ".join(f"{name} {job}" for name, job in ids.items()))
-    print(f"python -m launch.status {facts.get('recipe', out)}")
+    print(f"look: python -m launch.status {out}")
     return 0
 
 
