@@ -1,6 +1,6 @@
 """What would make a chain fail later is looked for before anything is queued. Torch-free.
 
-A check either raises UserError, one line that says what to mend, or returns notes: what could not be looked at from
+A check either raises UserError, one line that says what to mend, or yields notes: what could not be looked at from
 here. Nothing is written but an empty file that is removed at once, to see whether a folder takes one.
 """
 
@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,20 @@ def place(script: Path) -> None:
         )
 
 
-def files(site: Site, folders: Iterable[Path]) -> list[str]:
+def files(site: Site, folders: Iterable[Path]) -> Iterator[str]:
     """Folders that are written, the container, the interpreter, scratch."""
     for folder in folders:
         writable(folder, "the run folder")
-    notes = []
     image = site.text("MM_CONTAINER_IMAGE")
     if image and (image.startswith(("/", "./", "../", "~")) or image.endswith((".sqsh", ".sif"))):
         if not Path(image).expanduser().is_file():
             raise UserError(f"MM_CONTAINER_IMAGE={image}: there is no such file (make it with enroot import)")
     elif image:
-        notes.append(f"MM_CONTAINER_IMAGE={image} is in a registry: not looked for")
+        yield f"MM_CONTAINER_IMAGE={image} is in a registry: not looked for"
     mounts = [mount.split(":")[0] for mount in site.text("MM_CONTAINER_MOUNTS").split(",")]
-    absent = [mount for mount in mounts if mount and not Path(mount).exists()]
-    notes += [f"MM_CONTAINER_MOUNTS: {mount} is not on this machine; the nodes must have it" for mount in absent]
+    for mount in mounts:
+        if mount and not Path(mount).exists():
+            yield f"MM_CONTAINER_MOUNTS: {mount} is not on this machine; the nodes must have it"
     python = site.text("MM_PYTHON")
     if python.startswith("/") and not image and not os.access(python, os.X_OK):
         raise UserError(f"MM_PYTHON={python}: there is no such program")
@@ -50,8 +50,7 @@ def files(site: Site, folders: Iterable[Path]) -> list[str]:
     if scratch and Path(scratch).exists():
         writable(Path(scratch), "MM_SCRATCH")
     elif scratch:
-        notes.append(f"MM_SCRATCH={scratch} is not on this machine: each node is asked for it before training")
-    return notes
+        yield f"MM_SCRATCH={scratch} is not on this machine: each node has to have it"
 
 
 def writable(folder: Path, what: str) -> None:
@@ -67,10 +66,9 @@ def writable(folder: Path, what: str) -> None:
         raise UserError(f"{what} cannot be written: {nearest}{missing}: {error.strerror or error}") from None
 
 
-def cluster(site: Site, jobs: Sequence[Job]) -> list[str]:
+def cluster(site: Site, jobs: Sequence[Job]) -> Iterator[str]:
     """Partition, account, node counts and limits, as SLURM has them."""
     found = slurm_queue.partitions()
-    notes: list[str] = []
     for key in ("MM_PARTITION", "MM_CPU_PARTITION"):
         name = site.text(key)
         for part in filter(None, name.split(",")):
@@ -80,16 +78,18 @@ def cluster(site: Site, jobs: Sequence[Job]) -> list[str]:
                 raise UserError(f"{key}={part}: this cluster has no such partition ({known})")
     for job in jobs:
         _fits(job, found)
-    notes += _account(site.text("MM_ACCOUNT"))
+    yield from _account(site.text("MM_ACCOUNT"))
     for job in jobs:  # SLURM's own opinion, which queues nothing
         try:
             slurm_queue.call("sbatch", "--test-only", *job.flags, str(job.script), *job.words)
+        except slurm_queue.Unreachable:
+            raise
         except UserError as error:
-            if any(text in str(error) for text in ("are busy", "not available (down")):
-                notes.append(f"{job.name}: {error} at this moment")
-            else:
+            away = slurm_queue.nodes_away() if "node configuration is not available" in str(error) else 0
+            if not away:
                 raise UserError(f"SLURM would refuse the job {job.name}: {error}") from None
-    return notes
+            # sbatch takes such a job all the same, and it waits
+            yield f"{job.name}: {error} ({away} nodes of the cluster are down or drained: it waits for them)"
 
 
 def _fits(job: Job, partitions: dict[str, dict[str, str]]) -> None:
@@ -113,17 +113,17 @@ def _fits(job: Job, partitions: dict[str, dict[str, str]]) -> None:
         )
 
 
-def _account(account: str) -> list[str]:
+def _account(account: str) -> Iterator[str]:
     if not account:
-        return []
+        return
     try:
         known = slurm_queue.accounts()
     except UserError as error:
-        return [f"MM_ACCOUNT={account} could not be looked up ({error}); only sbatch can say whether it is valid"]
+        yield f"MM_ACCOUNT={account} could not be looked up ({error}); only sbatch can say whether it is valid"
+        return
     if account not in known:
         yours = f"yours: {', '.join(sorted(known))}" if known else "you have none"
         raise UserError(f"MM_ACCOUNT={account}: not an account of yours ({yours})")
-    return []
 
 
 def not_queued(out: Path) -> None:

@@ -122,6 +122,13 @@ def partitions() -> dict[str, dict[str, str]]:
     return {facts["PartitionName"]: facts for facts in lines if "PartitionName" in facts}
 
 
+def nodes_away() -> int:
+    """Nodes of the cluster that take no jobs now. Raises UserError."""
+    lines = call("sinfo", "-h", "-N", "-a", "-o", "%N %T").splitlines()
+    states = dict(line.split(" ", 1) for line in lines if " " in line)
+    return sum(bool(re.search(r"down|drain|fail|maint|unk|\*", state)) for state in states.values())
+
+
 def accounts() -> set[str]:
     """Accounts of this user. Raises UserError where there is no accounting, or it does not answer."""
     user = getpass.getuser()

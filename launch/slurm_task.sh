@@ -10,6 +10,7 @@ trap '' USR1 # a warning must not kill what is not ready for it
 # shellcheck source=launch/slurm_site.sh
 . "${MM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/launch/slurm_site.sh"
 
+export TQDM_MININTERVAL=${TQDM_MININTERVAL:-60} # progress bars: a log is no terminal
 # shellcheck disable=SC2034 # for the scripts
 EX_TEMPFAIL=75 # of a process that stopped with its work saved, or has to wait for others
 # shellcheck disable=SC2034

@@ -203,30 +203,16 @@ def queue(
     out: Path, todo: Sequence[Job], here: Site, facts: dict[str, Any], notes: Sequence[str], dry_run: bool
 ) -> int:
     """Print the commands, look for what would make them fail, and queue all of them or none."""
-    notes = list(notes)
     if not todo:
         print("\nnothing is left to do")
         return 0
     for job in todo:
         chain_checks.place(job.script)
     print(f"\n{chain_jobs.shell_script(todo, here)}\n", flush=True)
-    try:
-        notes += chain_checks.files(here, [out, *dict.fromkeys(job.folder for job in todo)])
-        if slurm_queue.is_here():
-            try:
-                chain_checks.not_queued(out)
-                notes += chain_checks.cluster(here, todo)
-            except slurm_queue.Unreachable as error:
-                if not dry_run:
-                    raise
-                notes.append(f"{error}: partition, account and limits were not looked at")
-        elif dry_run:
-            notes.append("SLURM is not installed here: partition, account and limits were not looked at")
-        else:
-            raise UserError("sbatch is not installed here: run this on a login node (--dry-run works anywhere)")
-    finally:
-        for note in notes:
-            print(f"note: {note}")
+    for note in notes:
+        print(f"note: {note}")
+    for note in looked_for(out, todo, here, dry_run):
+        print(f"note: {note}", flush=True)
     if dry_run:
         print("nothing was queued (--dry-run)")
         return 0
@@ -237,6 +223,23 @@ def queue(
     print("queued: " + ", ".join(f"{name} {job}" for name, job in ids.items()))
     print(f"look: python -m launch.status {out}")
     return 0
+
+
+def looked_for(out: Path, todo: Sequence[Job], here: Site, dry_run: bool) -> Iterator[str]:
+    """What could not be looked at. Raises UserError for what would fail."""
+    yield from chain_checks.files(here, [out, *dict.fromkeys(job.folder for job in todo)])
+    if slurm_queue.is_here():
+        try:
+            chain_checks.not_queued(out)
+            yield from chain_checks.cluster(here, todo)
+        except slurm_queue.Unreachable as error:
+            if not dry_run:
+                raise
+            yield f"{error}: partition, account and limits were not looked at"
+    elif dry_run:
+        yield "SLURM is not installed here: partition, account and limits were not looked at"
+    else:
+        raise UserError("sbatch is not installed here: run this on a login node (--dry-run works anywhere)")
 
 
 def submitted(todo: Sequence[Job], here: Site) -> dict[str, str]:

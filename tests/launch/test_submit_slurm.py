@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from launch.slurm_queue import OVER
 from mm_train.metrics import read_metrics
 from mm_train.shards import ShardReader
+from tests.mm_train.scaling_law.conftest import HEAD
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "midtrain", "sft", "qat")
@@ -123,16 +125,29 @@ def test_a_chain_whose_stage_fails_is_cancelled_from_there_repaired_and_resumed(
     assert "nothing is left to do" in done.stdout
 
 
-def test_a_data_set_is_prepared_by_an_array(cluster, launch, tmp_path):
+def data_config(folder: Path) -> Path:
+    """A data set of some modules of the standard library, in FOLDER/set."""
     texts = sorted(Path(dataclasses.__file__).parent.glob("te*.py"))
+    source = {"kind": "files", "paths": list(map(str, texts)), "licence": "PSF-2.0", "domain": "code"}
     content = {
-        "out": str(tmp_path / "set"),
+        "out": str(folder / "set"),
         "tokenizer": {"kind": "train_bpe", "vocab_size": 600},
         "validation_fraction": 0.2,
         "part_bytes": 20_000,
-        "sources": {"code": {"kind": "files", "paths": list(map(str, texts)), "licence": "PSF-2.0", "domain": "code"}},
+        "sources": {"code": source},
     }
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (folder / "data.yaml").write_text(yaml.safe_dump(content))
+    return folder / "data.yaml"
+
+
+def sweep_file(folder: Path, data_set: Path, points: str) -> Path:
+    """A sweep of small networks, in FOLDER/out."""
+    (folder / "sweep.yaml").write_text(HEAD.format(out=folder / "out", data=data_set) + points)
+    return folder / "sweep.yaml"
+
+
+def test_a_data_set_is_prepared_by_an_array(cluster, launch, tmp_path):
+    data_config(tmp_path)
     ids = queued(launch("submit", "--data", tmp_path / "data.yaml", "--tasks", "3"))
     assert over(cluster, ids["data-data"]) == ["COMPLETED"] * 3
     assert ShardReader(tmp_path / "set/code/train").manifest.num_documents > 1
@@ -141,15 +156,74 @@ def test_a_data_set_is_prepared_by_an_array(cluster, launch, tmp_path):
     assert "3 COMPLETED" in launch("status", tmp_path / "set").stdout
 
 
+def test_what_this_cluster_does_not_have_is_refused_before_anything_is_queued(cluster, launch, recipe, site, tmp_path):
+    site.write_text(site.read_text().replace("=train", "=trian"))
+    refused = launch("submit", recipe)
+    assert refused.returncode == 2
+    assert "MM_PARTITION=trian: this cluster has no such partition (did you mean train?)" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    site.write_text(site.read_text().replace("=trian", "=train") + "MM_ACCOUNT=lab\nMM_SBATCH_ARGS=--constraint=h100\n")
+    refused = launch("submit", recipe)
+    assert refused.returncode == 2
+    assert "SLURM would refuse the job pretrain: allocation failure: Invalid feature specification" in refused.stderr
+    assert "note: MM_ACCOUNT=lab could not be looked up" in refused.stdout  # there is no accounting
+    assert not (tmp_path / "runs").exists()
+    assert cluster.run("squeue", "-h") == ""
+
+
+def test_a_node_that_is_down_is_waited_for(cluster, launch, recipe):
+    cluster.run("scontrol", "update", "nodename=node2", "state=drain", "reason=test")
+    try:
+        planned = launch("submit", recipe, "--nodes", "2", "--dry-run", "--until", "pretrain")
+    finally:
+        cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+    assert planned.returncode == 0, planned.stderr
+    assert "(1 nodes of the cluster are down or drained: it waits for them)" in planned.stdout
+    cluster.wait_idle()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_array_of_more_tasks_than_can_run_at_once(cluster, site, tmp_path):
+    """One at a time: each does its part, waits in vain, and goes back into the queue until the set is there."""
+    config = data_config(tmp_path)
+    log = tmp_path / "set/slurm"
+    log.mkdir(parents=True)
+    words = ["launch/slurm_data_prep.sh", config, "--world", "3", "--wait", "1"]
+    job = cluster.submit("--array=0-2%1", f"--output={log}/%A_%a.log", *words, cwd=ROOT, MM_SITE=str(site))
+    assert over(cluster, job, 300) == ["COMPLETED"] * 3
+    assert (tmp_path / "set/dataset.json").is_file()
+    restarts = [
+        line.split("Restarts=")[1].split()[0] for line in cluster.run("scontrol", "-o", "show", "job", job).splitlines()
+    ]
+    assert max(map(int, restarts)) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_saves_at_its_time_limit_and_goes_on(cluster, launch, data_set, tmp_path):
+    """The warning that SLURM sends before the limit is sent by hand."""
+    spec = sweep_file(
+        tmp_path, data_set, "points: [{expansion: [1], overrides: [checkpoint.every=500, log.every=1]}]\n"
+    )
+    spec.write_text(spec.read_text().replace("tokens: [384]", "tokens: [128000]"))
+    ids = queued(launch("submit", "--sweep", spec, "--tasks", "1"))
+    (log,) = cluster.until(lambda: list((tmp_path / "out").glob("w32*.log")), 120, "the run")
+    cluster.until(lambda: re.search(r"step +1/1000 ", log.read_text()), 120, "its steps")
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{ids['sweep']}_0")
+    assert over(cluster, ids["sweep"], 300) == ["COMPLETED"]
+    assert "Restarts=1 " in cluster.run("scontrol", "-o", "show", "job", ids["sweep"])
+    assert "stopped" in log.read_text()
+    assert over(cluster, ids["collect"]) == ["COMPLETED"]
+    assert (tmp_path / "out/runs.csv").read_text().count("w32-dense") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sweep_is_trained_by_an_array_and_collected(cluster, launch, data_set, tmp_path):
     """The second run fails; the first one is collected all the same."""
-    from tests.mm_train.scaling_law.conftest import HEAD
-
     points = "points: [{expansion: [1]}, {variant: bad, overrides: [model.vocab_size=64]}]\n"
-    spec = tmp_path / "sweep.yaml"
-    spec.write_text(HEAD.format(out=tmp_path / "out", data=data_set) + points)
+    spec = sweep_file(tmp_path, data_set, points)
     ids = queued(launch("submit", "--sweep", spec, "--tasks", "8"))  # no more than there are runs
     assert sorted(over(cluster, ids["sweep"])) == ["COMPLETED", "FAILED"]
     assert over(cluster, ids["collect"]) == ["COMPLETED"]
