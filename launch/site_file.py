@@ -99,9 +99,9 @@ def read(path: Path | None) -> Site:
 def slurm_hours(text: str) -> float | None:
     """Hours of a SLURM time limit: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 
-    None for no limit.
+    None for no limit, and for what is no time.
     """
-    if not text or not text[0].isdigit():
+    if not TIME.fullmatch(text) or not text[0].isdigit():
         return None
     days, dash, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]

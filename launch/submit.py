@@ -88,7 +88,8 @@ def chain(args: argparse.Namespace) -> int:
     print(f"{recipe.name}: {args.recipe}, run folders in {recipe.out}, {site_said(here)}\n")
     print(chain_cost.table(recipe, estimates))
     print(chain_cost.assumptions(estimates))
-    notes = [note for it in estimates for note in it.notes(it.shape.per_node)]
+    notes = [] if here.text("MM_GPUS_PER_NODE") else ["MM_GPUS_PER_NODE is not set: 8 GPUs a node are assumed"]
+    notes += [note for it in estimates for note in it.notes(it.shape.per_node)]
     notes += [*_limits(estimates, here), *_data_notes(estimates, args.prepare, must=not args.dry_run)]
     facts = {
         "recipe": args.recipe,

@@ -71,6 +71,7 @@ def test_the_example_explains_every_key_and_is_a_site_file(tmp_path):
         ("1-12", 36),
         ("2-00:30:00", 48.5),
         ("UNLIMITED", None),
+        ("1day", None),
         ("", None),
     ],
 )
