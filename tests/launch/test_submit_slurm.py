@@ -174,7 +174,9 @@ def test_what_this_cluster_does_not_have_is_refused_before_anything_is_queued(cl
 def test_a_node_that_is_down_is_waited_for(cluster, launch, recipe):
     cluster.run("scontrol", "update", "nodename=node2", "state=drain", "reason=test")
     try:
-        planned = launch("submit", recipe, "--nodes", "2", "--dry-run", "--until", "pretrain")
+        nodes, batch = len(cluster.nodes), 256 * len(cluster.nodes)
+        words = [f"train.global_batch_tokens={batch}", f"train.tokens={2 * batch}", "--until", "pretrain"]
+        planned = launch("submit", recipe, "--nodes", str(nodes), "--dry-run", *words)
     finally:
         cluster.run("scontrol", "update", "nodename=node2", "state=resume")
     assert planned.returncode == 0, planned.stderr
