@@ -68,14 +68,13 @@ class Site:
 
 
 def read(path: Path | None) -> Site:
-    """The site file, or launch/site.env where that exists, or none.
+    """The site file; else the one that MM_SITE names, else launch/site.env where that exists, else none.
 
     Raises UserError for a file that bash cannot read, keys that are unknown and values that are none.
     """
-    if path is None:
-        if not DEFAULT.is_file():
-            return Site()
-        path = DEFAULT
+    if path is None and not (named := os.environ.get("MM_SITE")) and not DEFAULT.is_file():
+        return Site()
+    path = path or Path(named or DEFAULT)
     if not path.is_file():
         raise UserError(f"site file not found: {path} (copy launch/site.example.env and edit it)")
     values = _sourced(path.resolve())

@@ -29,12 +29,18 @@ class JobState:
     """A job as SLURM has it; of an array, one task."""
 
     job: str
-    task: str | None  # index in an array
+    task: str | None  # index in an array; of tasks that wait, all of them, as "3,5-7%2"
     state: str  # RUNNING, PENDING, ...
     reason: str  # why it waits, or "None"
     restarts: int
     nodes: str
     exit_code: str  # "status:signal"
+
+    @property
+    def count(self) -> int:
+        """Tasks that this stands for."""
+        parts = re.findall(r"(\d+)(?:-(\d+))?", (self.task or "0").split("%")[0])
+        return sum(int(last or first) - int(first) + 1 for first, last in parts)
 
     @property
     def is_over(self) -> bool:

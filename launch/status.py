@@ -150,8 +150,10 @@ def slurm_said(states: Sequence[JobState]) -> str:
     """The state of a job, or of the tasks of an array together, with the reason of one that waits."""
     if not states:
         return UNKNOWN
-    counts = Counter(state.state for state in states)
-    if len(states) == 1:
+    counts: Counter[str] = Counter()
+    for state in states:
+        counts[state.state] += state.count
+    if counts.total() == 1:
         (state,) = states
         waits = f" ({state.reason})" if state.state == "PENDING" and state.reason not in ("None", "") else ""
         return state.state + waits

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="recipe file (not with --sweep and --data)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every stage; STAGE.key=value for one")
-    parser.add_argument("--site", type=Path, help=f"site file (default: {site_file.DEFAULT}, if it exists)")
+    parser.add_argument("--site", type=Path, help=f"site file (default: $MM_SITE, else {site_file.DEFAULT})")
     parser.add_argument(
         "--nodes", default="", metavar="N[,STAGE=N...]", help="nodes of a stage (default: MM_NODES, or 1)"
     )

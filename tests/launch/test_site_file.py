@@ -24,10 +24,14 @@ def test_bash_reads_the_file_and_nothing_of_the_caller_leaks_in(tmp_path, monkey
 
 def test_without_a_file_there_are_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MM_SITE", raising=False)
     assert site_file.read(None) == site_file.Site()
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch/site.env").write_text("MM_GPUS_PER_NODE=0\nMM_TASKS_PER_NODE=2\n")
     assert site_file.read(None).processes_per_node == 2
+    (tmp_path / "mine.env").write_text("MM_GPUS_PER_NODE=4\n")
+    monkeypatch.setenv("MM_SITE", "mine.env")  # as the batch scripts, which get it from the same environment
+    assert site_file.read(None).processes_per_node == 4
 
 
 @pytest.mark.parametrize(

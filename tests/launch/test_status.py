@@ -122,6 +122,14 @@ def test_a_folder_without_a_record(tmp_path, capsys):
     assert "neither a recipe nor a folder" in capsys.readouterr().err
 
 
+def test_tasks_of_an_array_are_counted():
+    waiting = JobState("7", "3,5-7%2", "PENDING", "Resources", 0, "", "0:0")
+    running = JobState("7", "2", "RUNNING", "None", 0, "node1", "0:0")
+    assert (waiting.count, running.count) == (4, 1)
+    assert status.slurm_said([running, waiting]) == "4 PENDING, 1 RUNNING"
+    assert status.slurm_said([JobState("8", None, "PENDING", "Priority", 0, "", "0:0")]) == "PENDING (Priority)"
+
+
 def test_what_scontrol_prints_is_read():
     line = "JobId=8 ArrayJobId=7 ArrayTaskId=2 JobName=a b JobState=PENDING Reason=Priority Restarts=1 NodeList=(null)"
     assert slurm_queue.fields(line)["JobState"] == "PENDING"

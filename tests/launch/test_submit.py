@@ -36,6 +36,7 @@ PartitionName=cpu Default=NO MaxNodes=4 MaxTime=UNLIMITED State=UP TotalNodes=8"
 def here(monkeypatch, tmp_path):
     """In the project's folder, with no SLURM among the programs."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("MM_SITE", raising=False)
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("bash", "env", "cat", "sh"):
