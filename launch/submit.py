@@ -11,25 +11,19 @@ cancelled. --dry-run needs no SLURM. python -m launch.status says how far it is.
 """
 
 import argparse
-import contextlib
-import fcntl
-import json
-import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from launch import chain_checks, chain_cost, chain_jobs, site_file, slurm_queue
+from launch import chain_checks, chain_cost, chain_jobs, chain_queue, site_file
 from launch.chain_cost import Estimate, Shape
 from launch.chain_jobs import Job
 from launch.site_file import Site
 from mm_train import recipe as recipe_command
 from mm_train import recipe_plan, recipe_state
 from mm_train.cli import UserError, command
-from mm_train.files import is_folder, write_atomic
+from mm_train.files import is_folder
 from mm_train.recipe_plan import Recipe
 from mm_train.recipe_state import DONE, RUNNING
 from mm_train.scaling_law import spec
@@ -65,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sum(map(bool, (args.sweep, args.data))) > 1:
         raise UserError("--sweep and --data exclude each other: one array at a time")
     if args.sweep or args.data:
-        if args.recipe:  # the first word is no recipe then, but an override
-            args.overrides.insert(0, args.recipe)
+        if args.recipe and "=" not in args.recipe:
+            raise UserError(f"{args.recipe}: a recipe is no part of --sweep and --data")
+        args.overrides = [*filter(None, [args.recipe]), *args.overrides]  # the first word is an override then
         return sweep(args) if args.sweep else data(args)
     if not args.recipe:
         raise UserError("name a recipe file, as configs/recipe/s.yaml (or --sweep FILE, --data FILE)")
@@ -84,7 +79,7 @@ def chain(args: argparse.Namespace) -> int:
     shapes = shapes_of(recipe, here, args.nodes)
     found = [state for state in recipe_state.states(recipe) if state.stage in asked]
     estimates = chain_cost.estimate(found, shapes, args.gpu, args.mfu)
-    chain_jobs = jobs_of(recipe, estimates, here, args.prepare, args.tasks)
+    todo = jobs_of(recipe, estimates, here, args.prepare, args.tasks)
     print(f"{recipe.name}: {args.recipe}, run folders in {recipe.out}, {site_said(here)}\n")
     print(chain_cost.table(recipe, estimates))
     print(chain_cost.assumptions(estimates))
@@ -102,7 +97,7 @@ def chain(args: argparse.Namespace) -> int:
                 f"stage {state.stage.name} is being trained in {state.stage.run_dir} (a sign of life less than"
                 f" {recipe_state.SILENT_SECONDS:.0f} s ago): wait for it, or stop it"
             )
-    return queue(recipe.out, chain_jobs, here, facts, notes, args.dry_run)
+    return chain_queue.queue(recipe.out, todo, here, facts, notes, args.dry_run)
 
 
 def shapes_of(recipe: Recipe, here: Site, nodes: str) -> dict[str, Shape]:
@@ -179,7 +174,7 @@ def sweep(args: argparse.Namespace) -> int:
     left = sum(not (out / run.name / "DONE").is_file() for run in everything)
     tokens = sum(run.facts["tokens"] for run in everything)
     print(f"{args.sweep}: {len(everything)} runs ({left} to train), {tokens:,} tokens, {tasks} tasks, in {out}")
-    return queue(
+    return chain_queue.queue(
         out, chain_jobs.sweep(args.sweep, out, tasks, here), here, {"sweep": str(args.sweep)}, [], args.dry_run
     )
 
@@ -193,110 +188,11 @@ def data(args: argparse.Namespace) -> int:
     words = [str(args.data), *args.overrides, *(["--out", args.out] if args.out else [])]
     print(f"{args.data}: {args.tasks} tasks, data set in {out}")
     job = chain_jobs.preparation(f"data-{args.data.stem}", words, Path(out), args.tasks, here)
-    return queue(Path(out), [job], here, {"data": str(args.data)}, [], args.dry_run)
+    return chain_queue.queue(Path(out), [job], here, {"data": str(args.data)}, [], args.dry_run)
 
 
 def site_said(here: Site) -> str:
     return f"site file {here.path}" if here.path else "no site file: the cluster's defaults"
-
-
-def queue(
-    out: Path, todo: Sequence[Job], here: Site, facts: dict[str, Any], notes: Sequence[str], dry_run: bool
-) -> int:
-    """Print the commands, look for what would make them fail, and queue all of them or none."""
-    if not todo:
-        print("\nnothing is left to do")
-        return 0
-    for job in todo:
-        chain_checks.place(job.script)
-    print(f"\n{chain_jobs.shell_script(todo, here)}\n", flush=True)
-    for note in notes:
-        print(f"note: {note}")
-    for note in looked_for(out, todo, here, dry_run):
-        print(f"note: {note}", flush=True)
-    if dry_run:
-        print("nothing was queued (--dry-run)")
-        return 0
-    with _alone(out):
-        chain_checks.not_queued(out)
-        ids = submitted(todo, here)
-        _record(out, todo, ids, here, facts)
-    print("queued: " + ", ".join(f"{name} {job}" for name, job in ids.items()))
-    print(f"look: python -m launch.status {out}")
-    return 0
-
-
-def looked_for(out: Path, todo: Sequence[Job], here: Site, dry_run: bool) -> Iterator[str]:
-    """What could not be looked at. Raises UserError for what would fail."""
-    yield from chain_checks.files(here, [out, *dict.fromkeys(job.folder for job in todo)])
-    if slurm_queue.is_here():
-        try:
-            chain_checks.not_queued(out)
-            yield from chain_checks.cluster(here, todo)
-        except slurm_queue.Unreachable as error:
-            if not dry_run:
-                raise
-            yield f"{error}: partition, account and limits were not looked at"
-    elif dry_run:
-        yield "SLURM is not installed here: partition, account and limits were not looked at"
-    else:
-        raise UserError("sbatch is not installed here: run this on a login node (--dry-run works anywhere)")
-
-
-def submitted(todo: Sequence[Job], here: Site) -> dict[str, str]:
-    """Queue the jobs, in order; returns the id of each. When one is refused, those before it are cancelled."""
-    environment = dict(os.environ) | ({"MM_SITE": str(here.path)} if here.path else {})
-    ids: dict[str, str] = {}
-    try:
-        for job in todo:
-            job.logs.mkdir(parents=True, exist_ok=True)
-            try:
-                ids[job.name] = slurm_queue.submit(job.command(ids), environment)
-            except UserError as error:
-                undone = f"; cancelled again: {', '.join(ids)}" if ids else ""
-                raise UserError(f"SLURM refused the job {job.name}: {error}{undone}") from None
-    except BaseException:
-        slurm_queue.cancel(list(ids.values()))
-        raise
-    return ids
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """One submission into a folder at a time. A file system without locks has none."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "chain.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another launch.submit is queueing jobs for {out} at this moment") from None
-        except OSError:
-            pass
-        yield
-
-
-def _record(out: Path, todo: Sequence[Job], ids: dict[str, str], here: Site, facts: dict[str, Any]) -> None:
-    """OUT/chain.json: what was queued, for launch.status and for the next submission."""
-    before = chain_checks.recorded(out)
-    earlier = before.get("earlier", []) + ([before["jobs"]] if before.get("jobs") else [])
-    content = facts | {
-        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "site": str(here.path) if here.path else None,
-        "jobs": [
-            {
-                "name": job.name,
-                "kind": job.kind,
-                "job": ids[job.name],
-                "after": list(job.after),
-                "tasks": job.tasks,
-                "folder": str(job.folder),
-                "command": job.command(ids),
-            }
-            for job in todo
-        ],
-        "earlier": earlier[-20:],
-    }
-    write_atomic(out / chain_checks.RECORD, (json.dumps(content, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

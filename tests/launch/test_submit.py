@@ -134,6 +134,7 @@ def test_torchrun_has_one_task_a_node(site, capsys):
         (["--tasks", "0"], "--tasks is 0"),
         (["--gpu", "h1000"], "--gpu: unknown h1000"),
         (["--sweep", "x", "--data", "y"], "--sweep and --data exclude each other"),
+        (["--data", "y"], "s.yaml: a recipe is no part of --sweep and --data"),
     ],
 )
 def test_what_cannot_work_is_refused(words, error, capsys):
@@ -245,6 +246,9 @@ def test_when_a_later_job_is_refused_the_earlier_ones_are_cancelled(slurm, recip
     assert "SLURM refused the job export: Job violates policy; cancelled again: first, second" in err
     assert calls(tmp_path, "scancel") == ["scancel 7 7"]
     assert not (tmp_path / "runs/chain.json").exists()
+    slurm("scancel", "echo 'scancel: error: Kill job error on job id 7: Access denied' >&2; exit 1")
+    assert submit.main(words) == 2
+    assert "could not be cancelled (Kill job error on job id 7: Access denied): scancel 7 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

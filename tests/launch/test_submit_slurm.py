@@ -125,13 +125,13 @@ def test_a_chain_whose_stage_fails_is_cancelled_from_there_repaired_and_resumed(
     assert "nothing is left to do" in done.stdout
 
 
-def data_config(folder: Path) -> Path:
+def data_config(folder: Path, vocab_size: int = 600) -> Path:
     """A data set of some modules of the standard library, in FOLDER/set."""
     texts = sorted(Path(dataclasses.__file__).parent.glob("te*.py"))
     source = {"kind": "files", "paths": list(map(str, texts)), "licence": "PSF-2.0", "domain": "code"}
     content = {
         "out": str(folder / "set"),
-        "tokenizer": {"kind": "train_bpe", "vocab_size": 600},
+        "tokenizer": {"kind": "train_bpe", "vocab_size": vocab_size},
         "validation_fraction": 0.2,
         "part_bytes": 20_000,
         "sources": {"code": source},
@@ -182,6 +182,25 @@ def test_a_node_that_is_down_is_waited_for(cluster, launch, recipe):
     assert planned.returncode == 0, planned.stderr
     assert "(1 nodes of the cluster are down or drained: it waits for them)" in planned.stdout
     cluster.wait_idle()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stage_waits_for_the_array_that_prepares_its_data(cluster, launch, recipe, tmp_path):
+    data_config(tmp_path, vocab_size=512)
+    content = yaml.safe_load(recipe.read_text())
+    content["stages"]["pretrain"]["data"] = str(tmp_path / "data.yaml")
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    mixture = [f"data.path={tmp_path / 'set'}", "data.mixture.chat=0", "--until", "pretrain"]
+    refused = launch("submit", recipe, *mixture)
+    assert refused.returncode == 2
+    assert f"stage pretrain: data set {tmp_path / 'set'} is not there: --prepare, or first " in refused.stderr
+    ids = queued(launch("submit", recipe, *mixture, "--prepare", "--tasks", "2"))
+    assert list(ids) == ["data-pretrain", "pretrain"]
+    assert cluster.job(ids["pretrain"])["Dependency"].startswith(f"afterok:{ids['data-pretrain']}")
+    assert over(cluster, ids["data-pretrain"], 300) == ["COMPLETED"] * 2
+    assert over(cluster, ids["pretrain"], 300) == ["COMPLETED"]
+    assert "2 COMPLETED" in launch("status", tmp_path / "runs").stdout
 
 
 @pytest.mark.slow
