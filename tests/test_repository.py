@@ -28,7 +28,7 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {  # files or folders that alone may
     "wandb": "mm_train/metrics.py",
     "wandb_workspaces": "mm_train/dashboard.py",
 }
-DOCUMENTS = ("architecture", "dashboard", "device", "kernels", "recipe", "scaling_law", "training")
+DOCUMENTS = ("architecture", "cluster", "dashboard", "device", "kernels", "recipe", "scaling_law", "training")
 TORCH_FREE = (
     "alerts",
     "anomalies",

@@ -4,7 +4,8 @@ python -m mm_train.scaling_law sweep configs/sweep/ablation.yaml
 python -m mm_train.scaling_law sweep configs/sweep/ablation.yaml --rank "$SLURM_ARRAY_TASK_ID" --world 64
 
 OUT/configs/NAME.yaml says what a run is, OUT/NAME is its run folder, OUT/NAME.log what it printed. The same command
-goes on where it stopped: finished runs are never redone, and begun ones resume from their checkpoints.
+goes on where it stopped: finished runs are never redone, and begun ones resume from their checkpoints. SIGTERM and
+SIGUSR1 let the runs under way write a checkpoint; the command then leaves with status 75.
 """
 
 import argparse
@@ -12,13 +13,16 @@ import csv
 import io
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +32,7 @@ from mm_train.cli import UserError
 from mm_train.files import write_atomic, writing
 from mm_train.metrics import read_metrics
 from mm_train.scaling_law.spec import Run, load, runs, share
+from mm_train.stopping import SIGNALS, STOPPED
 
 COLUMNS = (
     *("name", "active_params", "total_params", "tokens", "expansion", "granularity", "shared", "variant", "seed"),
@@ -63,7 +68,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"{len(everything)} runs, {total:,} tokens")
         return 0
     if not args.collect:
-        failed = train(out, list(share(everything, args.rank, args.world)), args.jobs)
+        with stopping():
+            failed = train(out, list(share(everything, args.rank, args.world)), args.jobs)
     done = collect(out, everything)
     print(f"{done} of {len(everything)} runs are in {out / 'runs.csv'}")
     if not args.collect and failed:
@@ -112,6 +118,23 @@ def train(out: Path, mine: Sequence[Run], jobs: int) -> dict[str, str]:
             for _, process in under_way.values():
                 process.wait()
     return failed
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Inside, a signal that asks to stop ends this command with STOPPED; those after it are ignored."""
+
+    def leave(*_: int | FrameType | None) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(STOPPED)
+
+    before = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(out: Path, run: Run) -> subprocess.Popen:

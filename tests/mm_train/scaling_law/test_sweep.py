@@ -1,12 +1,18 @@
 """Real trainings of a small sweep: collected, gone on with, never redone, and what is said when one fails."""
 
 import csv
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from mm_train.metrics import read_metrics
 from mm_train.scaling_law.__main__ import main
 from mm_train.scaling_law.sweep import COLUMNS
+from mm_train.stopping import STOPPED
 
 POINTS = "points: [{expansion: [1, 2]}]\n"
 
@@ -58,3 +64,17 @@ def test_a_dry_run_lists_and_trains_nothing(spec, tmp_path, capsys):
 def test_flags_that_cannot_work(spec, capsys, flags):
     assert main(["sweep", str(spec(POINTS)), *flags]) == 2
     assert "error: --jobs" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)
+def test_a_sweep_that_is_asked_to_stop_lets_its_run_save(spec, data_set, tmp_path):
+    """As a batch system does before the time limit; the same command would go on."""
+    path = spec("points: [{expansion: [1], overrides: [checkpoint.every=1000, log.every=1]}]\n", data_set)
+    path.write_text(path.read_text().replace("tokens: [384]", "tokens: [1280000]"))
+    process = subprocess.Popen([sys.executable, "-m", "mm_train.scaling_law", "sweep", str(path)])
+    log = tmp_path / "out/w32-dense-1.28M-seed0.log"
+    while process.poll() is None and not (log.exists() and re.search(r"step +1/", log.read_text())):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == STOPPED
+    assert list((tmp_path / "out/w32-dense-1.28M-seed0/checkpoints").glob("step-*"))
