@@ -1,7 +1,8 @@
-"""Finds and loads what is to be evaluated: a release, run or checkpoint of this project, or a Hugging Face folder."""
+"""Finds and loads what is to be evaluated: a release, run or checkpoint of this project, GGUF, or a Hugging Face folder."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,16 @@ import torch
 from eval.lm import Engine, OwnCodec
 from eval.packed import PackedEngine
 from mm_train.cli import UserError
+from mm_train.export.runtimes import gguf_file
 
 HUGGING_FACE = "hf:"
+# Files on which answers depend: of this project's models and those of transformers, and of GGUF files
+OWN_CODE = (
+    "kernels/*.py",
+    *(f"mm_train/{name}.py" for name in ("decode", "kv_cache", "model", "moe", "dispatch", "quant", "release")),
+    *(f"eval/{name}.py" for name in ("sequences", "tries", "packed", "hugging_face", "lm")),
+)
+GGUF_CODE = ("mm_train/gguf/runtime.py", *(f"eval/{name}.py" for name in ("sequences", "llama_cpp", "lm")))
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32768  # a batch that stays in the cache is the faster one on a CPU
 
 
@@ -28,21 +37,28 @@ def newest_run(folder: Path) -> Path:
     finished = [file for depth in ("*", "*/*", "*/*/*") for file in folder.glob(f"{depth}/DONE")]
     if not finished:
         raise UserError(
-            f"no finished run in {folder}: give --model (a release, run or checkpoint folder, or hf:FOLDER)"
+            f"no finished run in {folder}: give --model (a release, run or checkpoint folder, GGUF, or hf:FOLDER)"
         )
     return max(finished, key=lambda file: file.stat().st_mtime_ns).parent
 
 
 def folder_of(model: str) -> Path:
-    """The folder that --model means. Raises UserError when it is not there."""
+    """The folder or .gguf file that --model means. Raises UserError when it is not there."""
     folder = Path(model.removeprefix(HUGGING_FACE))
+    if folder.suffix == ".gguf" and folder.is_file():
+        return folder
     if not folder.is_dir():
         raise UserError(f"--model {model}: no such folder")
     return folder
 
 
 def open_model(model: str, batch_tokens: int | None, device: str) -> Subject:
-    """Load a model: bfloat16 on a GPU, else float32. Raises UserError when the folder holds none."""
+    """Load a model: bfloat16 on a GPU, else float32; GGUF in llama.cpp, on the CPU.
+
+    Raises UserError when the folder holds none.
+    """
+    if not model.startswith(HUGGING_FACE) and (file := gguf_file(folder_of(model))) is not None:
+        return open_gguf(file)
     folder, on_gpu = folder_of(model), device != "cpu"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
@@ -76,6 +92,37 @@ def open_model(model: str, batch_tokens: int | None, device: str) -> Subject:
     return Subject(engine, facts, hashlib.sha256(json.dumps(key).encode()).hexdigest())
 
 
+def open_gguf(file: Path) -> Subject:
+    """Load a GGUF file, with as many threads as torch would use. Raises UserError when llama.cpp cannot.
+
+    Attention and cache are in float32, as `mm_train.export verify` has them: scores do not depend on the processor's
+    fast paths, and what is measured is the weights' and activations' rounding alone.
+    """
+    from eval.llama_cpp import LlamaCppEngine
+    from mm_train.gguf.read import read_model
+    from mm_train.gguf.runtime import LlamaCpp, version
+    from mm_train.output_folder import sha256
+
+    known = read_model(file)
+    loaded = LlamaCpp(file, known.context, torch.get_num_threads(), exact=True)
+    engine = LlamaCppEngine(loaded, OwnCodec(known.tokenizer()))
+    facts = {
+        "parameters": known.parameters,
+        "context": engine.context,
+        "dtype": "Q4_0" if known.quantised else "float32",
+        "device": "cpu",
+        "fake_quantised": False,
+        "weights_sha256": sha256(file),
+        "tokenizer_sha256": engine.codec.sha256,
+        "format": "gguf",
+        "runtime": f"xllamacpp {version()}",
+        "yarn_betas": loaded.yarn_betas,
+    }
+    names = ("context", "weights_sha256", "tokenizer_sha256", "runtime", "yarn_betas")
+    key = [type(engine).__name__, *(str(facts[name]) for name in names), code_sha256(GGUF_CODE)]
+    return Subject(engine, facts, hashlib.sha256(json.dumps(key).encode()).hexdigest())
+
+
 def config_of(network: Any) -> str:
     """What weights do not say of a network: its shape and switches."""
     config = network.config
@@ -83,9 +130,11 @@ def config_of(network: Any) -> str:
 
 
 def format_of(model: str) -> str:
-    """What the folder holds: "int4" or "bf16" (releases), "run" (training checkpoints) or "hf"."""
+    """What the folder holds: "int4" or "bf16" (releases), "run" (training checkpoints), "gguf" or "hf"."""
     if model.startswith(HUGGING_FACE):
         return "hf"
+    if gguf_file(folder_of(model)) is not None:
+        return "gguf"
     config = folder_of(model) / "config.json"
     if not config.is_file():
         return "run"
@@ -101,12 +150,8 @@ def weights_sha256(network: Any) -> str:
     return digest.hexdigest()
 
 
-def code_sha256() -> str:
+def code_sha256(patterns: Sequence[str] = OWN_CODE) -> str:
     """Hash of the code that answers depend on, so that they do not outlive the repair of a fault."""
     root = Path(__file__).parent.parent
-    files = [*sorted((root / "kernels").glob("*.py"))]
-    files += [
-        root / "mm_train" / f"{n}.py" for n in ("decode", "kv_cache", "model", "moe", "dispatch", "quant", "release")
-    ]
-    files += [root / "eval" / f"{n}.py" for n in ("sequences", "tries", "packed", "hugging_face", "lm")]
+    files = [file for pattern in patterns for file in sorted(root.glob(pattern))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -25,6 +25,7 @@ EPILOG = """examples:
   python -m eval.run --tasks paper14 --model runs/quickstart/export --limit 50
   python -m eval.run --tasks "hellaswag,mmlu|reading"                     # the newest finished run below runs/
   python -m eval.run --tasks early --model hf:FOLDER                      # any causal model of transformers
+  python -m eval.run --tasks early --model FILE.gguf                      # or its folder: as a device computes it
   launch/local.sh 8 -m eval.run --tasks all --model FOLDER                # on eight GPUs
   python -m eval.run --list
 
@@ -117,7 +118,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--model",
         metavar="DIR",
-        help="release, run or checkpoint folder, or hf:FOLDER (default: the newest finished run below runs/)",
+        help="release, run or checkpoint folder, .gguf file or folder, or hf:FOLDER (default: the newest finished run"
+        " below runs/)",
     )
     found.add_argument(
         "--tasks", default="all", help="all, suites (paper14, advanced, early), groups or names, with commas or bars"
@@ -155,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         args.model = str(newest_run(Path("runs")))
         print(f"the newest finished run: {args.model}", flush=True)
     folder = folder_of(args.model).resolve()
-    out = args.out or folder.with_name(folder.name + "-eval")
+    out = args.out or folder.with_name((folder.stem if folder.is_file() else folder.name) + "-eval")
     published = suites["paper14"].published
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -38,16 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, required=True, help="run or checkpoint folder it was exported from")
     parser.add_argument("--prompts", type=Path, help="text file to read (default: this project's own README.md)")
     parser.add_argument("--num-prompts", type=int, default=20, help="pieces of it (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=256, help="length of each, in tokens (default %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="of the longest (default %(default)s, or all there is room for)"
+    )
     parser.add_argument("--positions", type=int, default=16, help="of each that are compared (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="written on from each (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of llama.cpp (default %(default)s)")
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     args = parser.parse_args(argv)
-    if args.num_prompts < 1 or args.new_tokens < 0 or args.threads < 1:
+    if args.num_prompts < 1 or args.positions < 1 or args.new_tokens < 0 or args.threads < 1:
         raise UserError(
-            f"--num-prompts {args.num_prompts}, --new-tokens {args.new_tokens},"
-            f" --threads {args.threads}: at least 1, 0, 1"
+            f"--num-prompts {args.num_prompts}, --positions {args.positions}, --new-tokens {args.new_tokens},"
+            f" --threads {args.threads}: at least 1, 1, 0, 1"
         )
     source = ExportSource(args.reference)
     found: dict[str, Any] = {"codes": compare_codes(args.artefact, source)}
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found["codes"]["equal"] and not differ:
         print("  there is no int4 tensor in it: only what both say of text is compared")
     prompts = read_prompts(args, load_tokenizer(find_tokenizer(args.reference)), source)
+    print(f"{len(prompts)} prompts of {len(prompts[0])} to {len(prompts[-1])} tokens, {args.new_tokens} more of each:")
     found["runtimes"] = compare_runtimes(args, prompts)
     for name, numbers in found["runtimes"].items():
         print(f"{name}:")
@@ -105,23 +108,26 @@ def stored_int4(artefact: Path, source: ExportSource) -> Iterator[tuple[str, tor
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, source: ExportSource) -> list[list[int]]:
-    """Pieces of real text, each with BOS. Raises UserError when there is too little of it."""
+    """Pieces of real text from all over it, each with BOS: the last one is the longest, and the others are as long as
+    divides it evenly. Raises UserError when there is too little of it."""
     path = args.prompts or Path(__file__).resolve().parents[2] / "README.md"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {path}: {error}") from None
     room = source.shape.max_position_embeddings - args.new_tokens
-    length = min(args.tokens, room)
+    longest = min(args.tokens, room)
     ids = tokenizer.encode(text)
-    count = min(args.num_prompts, len(ids) // max(length - 1, 1))
-    if count < 1 or length < 2 or not 1 <= args.positions <= length:
+    if not 2 <= longest <= len(ids) + 1:
         raise UserError(
-            f"{path} has {len(ids)} tokens: too few for a prompt of --tokens {args.tokens} (at most {room} here), with"
-            f" --positions {args.positions}"
+            f"{path} has {len(ids)} tokens: too few for a prompt of --tokens {args.tokens} (at most {room} here)"
         )
-    step = (len(ids) - length + 1) // count
-    return [[tokenizer.bos_id, *ids[i * step : i * step + length - 1]] for i in range(count)]
+    prompts = []
+    for number in range(args.num_prompts):
+        length = max(2, longest * (number + 1) // args.num_prompts)
+        start = (len(ids) - longest + 1) * number // args.num_prompts
+        prompts.append([tokenizer.bos_id, *ids[start : start + length - 1]])
+    return prompts
 
 
 def compare_runtimes(args: argparse.Namespace, prompts: list[list[int]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -131,20 +137,24 @@ def compare_runtimes(args: argparse.Namespace, prompts: list[list[int]]) -> dict
     quants: list[Any] = [getattr(module, "fake_quant", None) for module in model.modules()]
     if any(quant and quant.activations_int8 for quant in quants):
         references["it without int8 activations"] = Ours(without_int8_activations(load_model(args.reference)))
-    length = max(map(len, prompts))
-    positions = sorted({int(p) for p in np.linspace(0, length - 1, args.positions).round()})
+    room = max(map(len, prompts)) + args.new_tokens
+    places = [sorted({int(p) for p in np.linspace(0, len(prompt) - 1, args.positions).round()}) for prompt in prompts]
+    asked = list(zip(prompts, places, strict=True))
+    expected = {
+        label: (
+            np.concatenate([reference.log_probs(*question) for question in asked]),
+            [reference.greedy(prompt, args.new_tokens) for prompt in prompts if args.new_tokens],
+        )
+        for label, reference in references.items()
+    }
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, runtime in runtimes(args.artefact, length + args.new_tokens, args.threads).items():
-        found[name] = {}
-        theirs = [runtime.log_probs(prompt, positions) for prompt in tqdm(prompts, desc=name, unit="prompt")]
+    for name, runtime in runtimes(args.artefact, room, args.threads).items():
+        theirs = [runtime.log_probs(*question) for question in tqdm(asked, desc=name, unit="prompt")]
         texts = [runtime.greedy(prompt, args.new_tokens) for prompt in tqdm(prompts, desc=f"{name}, greedy")]
-        for label, reference in references.items():
-            ours = [reference.log_probs(prompt, positions) for prompt in prompts]
-            values = distance(np.concatenate(ours), np.concatenate(theirs))
-            if args.new_tokens:
-                expected = [reference.greedy(prompt, args.new_tokens) for prompt in prompts]
-                values |= agreement(expected, texts)
-            found[name][label] = values
+        found[name] = {
+            label: distance(ours, np.concatenate(theirs)) | (agreement(written, texts) if args.new_tokens else {})
+            for label, (ours, written) in expected.items()
+        }
     return found
 
 

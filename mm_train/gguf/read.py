@@ -8,6 +8,7 @@ from mm_train.cli import UserError
 from mm_train.gguf.layout import ARCHITECTURE
 from mm_train.tokenizer import Tokenizer, assemble
 
+NO_PARAMETERS = ("attn_q_norm.weight", "attn_k_norm.weight", "exp_probs_b")  # ones; what no gradient moves
 CONTROL = re.compile(r"<\|.*\|>|\[unused\d+\]")  # after the ordinary tokens
 
 
@@ -19,6 +20,7 @@ class Facts(NamedTuple):
     tokens: list[str]
     merges: list[str]
     tensor_bytes: dict[str, int]
+    parameters: int
 
     @property
     def name(self) -> str:
@@ -28,6 +30,11 @@ class Facts(NamedTuple):
     def context(self) -> int:
         """Tokens that it was made for."""
         return int(self.keys[f"{ARCHITECTURE}.context_length"])
+
+    @property
+    def quantised(self) -> bool:
+        """Are weights int4? Else they are float32."""
+        return bool(self.keys.get("general.file_type"))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer it was written with."""
@@ -58,7 +65,9 @@ def read_model(path: Path) -> Facts:
         tokens, merges = (fields[f"tokenizer.ggml.{part}"].contents() for part in ("tokens", "merges"))
     except KeyError as error:
         raise UserError(f"{path} lacks the key {error.args[0]}") from None
-    return Facts(path, facts, tokens, merges, {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors})
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
+    parameters = sum(int(t.n_elements) for t in reader.tensors if not t.name.endswith(NO_PARAMETERS))
+    return Facts(path, facts, tokens, merges, sizes, parameters)
 
 
 def library() -> Any:

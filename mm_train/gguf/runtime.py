@@ -1,6 +1,12 @@
-"""A GGUF file in llama.cpp, through the wheel xllamacpp: log-probabilities, greedy text, timings."""
+"""A GGUF file in llama.cpp, through the wheel xllamacpp: log-probabilities, greedy text, timings.
 
-from collections.abc import Sequence
+What the wheel offers is llama.cpp's server: logits of the last token of a prompt alone, as probabilities of the tokens
+before sampling. What a prompt shares with the one before it stays in the key-value cache, so asking for position after
+position of a text costs one step of decoding each, and the head is only computed where something is asked for.
+"""
+
+import importlib.metadata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +16,16 @@ from mm_train.cli import UserError
 from mm_train.gguf.layout import ARCHITECTURE
 from mm_train.gguf.read import read_model
 
+NEAREST = 64  # tokens whose log-probabilities are asked for along with that of the token in question
+LEAST = -104.0  # nats: what llama.cpp gives as zero, less than the smallest float32
+
 
 class LlamaCpp:
-    """A model in llama.cpp, one sequence at a time, on the CPU."""
+    """A model in llama.cpp, one sequence at a time, on the CPU.
+
+    `room`: most tokens of a prompt. llama.cpp takes no prompt that leaves no place for a token after it, and no more
+    of them than the model was made for.
+    """
 
     def __init__(
         self, path: Path, context: int = 2048, threads: int = 1, exact: bool = False, paged: bool = False
@@ -41,14 +54,16 @@ class LlamaCpp:
         params.fit_params, params.cache_ram_mib = False, 0
         if paged:
             params.no_extra_bufts, params.load_mode = True, xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
-        if "mobilemoe.yarn-beta-fast" in self.facts:  # llama.cpp does not read these from the file
-            params.yarn_beta_fast = self.facts["mobilemoe.yarn-beta-fast"]
-            params.yarn_beta_slow = self.facts["mobilemoe.yarn-beta-slow"]
+        betas = [self.facts.get(f"mobilemoe.yarn-beta-{which}") for which in ("fast", "slow")]
+        self.yarn_betas = betas if None not in betas else None  # llama.cpp does not read these from the file
+        if self.yarn_betas:
+            params.yarn_beta_fast, params.yarn_beta_slow = self.yarn_betas
         try:
             self._server = xllamacpp.Server(params)
         except Exception as error:  # whatever the wheel raises
             raise UserError(f"llama.cpp cannot load {path}: {error}") from None
         self.vocab_size = int(self.facts[f"{ARCHITECTURE}.vocab_size"])
+        self.room = min(context, facts.context) - 1
 
     def log_probs(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
         """float32 [len(positions), V]: log-probabilities of what follows tokens[: position + 1]."""
@@ -57,6 +72,32 @@ class LlamaCpp:
             for index, log_prob in self._next(tokens[: position + 1], self.vocab_size):
                 out[row, index] = log_prob
         return out
+
+    def likelihoods(self, tokens: Sequence[int], targets: Iterable[int]) -> tuple[dict[int, float], int]:
+        """Log-probability of each target after `tokens`, and the likeliest token.
+
+        A target is made to be sampled; llama.cpp says its probability before that, and those of the likeliest tokens.
+        """
+        found: dict[int, float] = {}
+        best = -1
+        for target in targets:
+            if target in found:
+                continue
+            answer = self.complete(list(tokens), 1, n_probs=NEAREST, cache_prompt=True, logit_bias=[[target, 1e6]])
+            said = (answer["choices"][0]["logprobs"] or {}).get("content")
+            if said:
+                found[target] = said[0]["logprob"]
+                candidates = [(entry["id"], entry["logprob"]) for entry in said[0]["top_logprobs"]]
+            else:  # a target that ends within a character
+                candidates = self._next(tokens, self.vocab_size)
+            best = candidates[0][0]
+            found |= candidates
+        return {target: max(found[target], LEAST) for target in targets}, best
+
+    def write(self, tokens: Sequence[int], num_tokens: int, stops: Sequence[str]) -> tuple[str, int]:
+        """The likeliest continuation up to one of `stops` or the end of a text, and its number of tokens."""
+        answer = self.complete(list(tokens), num_tokens, ignore_eos=False, stop=list(stops), cache_prompt=True)
+        return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
     def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
         """The likeliest continuation of `tokens`, not ended by stop tokens."""
@@ -83,3 +124,11 @@ class LlamaCpp:
         if "choices" not in answer:
             raise UserError(f"llama.cpp refused a request: {answer.get('error', answer)!r:.300}")
         return answer
+
+
+def version() -> str:
+    """Of the wheel, or "" where it is not installed."""
+    try:
+        return importlib.metadata.version("xllamacpp")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
