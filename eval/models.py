@@ -1,4 +1,4 @@
-"""Finds and loads what is to be evaluated: a release, run or checkpoint of this project, GGUF, or a Hugging Face folder."""
+"""Finds and loads what is to be evaluated: release, run or checkpoint of this project, GGUF, or Hugging Face folder."""
 
 import hashlib
 import json
