@@ -151,10 +151,11 @@ def compare_runtimes(args: argparse.Namespace, prompts: list[list[int]]) -> dict
     for name, runtime in runtimes(args.artefact, room, args.threads).items():
         theirs = [runtime.log_probs(*question) for question in tqdm(asked, desc=name, unit="prompt")]
         texts = [runtime.greedy(prompt, args.new_tokens) for prompt in tqdm(prompts, desc=f"{name}, greedy")]
-        found[name] = {
-            label: distance(ours, np.concatenate(theirs)) | (agreement(written, texts) if args.new_tokens else {})
-            for label, (ours, written) in expected.items()
-        }
+        found[name] = {}
+        for label, (ours, written) in expected.items():
+            found[name][label] = values = distance(ours, np.concatenate(theirs))
+            if args.new_tokens:
+                values |= agreement(references[label], prompts, written, texts)
     return found
 
 
@@ -177,15 +178,23 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     }
 
 
-def agreement(expected: list[list[int]], texts: list[list[int]]) -> dict[str, float]:
-    """How much of the greedy texts is the same: whole texts, and tokens before the first that differs."""
-    same = [
-        next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
-        for one, other in zip(expected, texts, strict=True)
-    ]
-    whole = sum(number == len(one) for number, one in zip(same, expected, strict=True))
+def agreement(
+    reference: Runtime, prompts: list[list[int]], expected: list[list[int]], texts: list[list[int]]
+) -> dict[str, float]:
+    """How much of greedy texts is what the reference writes: whole texts, and tokens before the first that differs;
+    and how many nats less than its own token the reference gives the other one there, at most: little, where rounding
+    decides between near equals."""
+    same, gap = [], 0.0
+    for prompt, one, other in zip(prompts, expected, texts, strict=True):
+        number = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+        same.append(number)
+        if number < len(one):
+            tokens = prompt + one[:number]
+            (log_probs,) = reference.log_probs(tokens, [len(tokens) - 1])
+            gap = max(gap, float(log_probs[one[number]] - log_probs[other[number]]))
     return {
-        "equal texts": float(whole),
+        "equal texts": float(sum(number == len(one) for number, one in zip(same, expected, strict=True))),
         "of": float(len(texts)),
         "equal tokens before a difference": float(np.mean(same)),
+        "largest gap there": gap,
     }
