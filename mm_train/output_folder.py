@@ -47,6 +47,18 @@ def output_folder(path: Path, foreign: Callable[[Path], Path | None], what: str)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def foreign_to(own: set[str]) -> Callable[[Path], Path | None]:
+    """`foreign` for folders that hold files of these names alone."""
+
+    def first(path: Path) -> Path | None:
+        if not path.is_dir():
+            return path if path.exists() else None
+        unknown = sorted(entry.name for entry in path.iterdir() if entry.name not in own)
+        return path / unknown[0] if unknown else None
+
+    return first
+
+
 def write_sums(folder: Path) -> None:
     """SHA256SUMS of every file in a folder, as sha256sum -c reads it."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SUMS)

@@ -252,6 +252,10 @@ class Release:
         codes, scales = self.codes(name, rows)
         return dequantise(codes, scales), scales
 
+    def close(self) -> None:
+        """Let go of the files until the next read."""
+        self._files.close()
+
     def codes(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """int8 codes and fp16 scales of `rows` of an int4 tensor, groups along the last dimension."""
         packed, scales = (self._files.read(self.stored[name][role])[rows] for role in ("codes", "scales"))

@@ -75,6 +75,10 @@ class WeightFiles:
             raise UserError(f"{self.folder}: tensor {name} holds NaN or infinity")
         return tensor
 
+    def close(self) -> None:
+        """Unmap the files: what was read of them stays in memory no longer than its tensors do."""
+        self._opened.clear()
+
 
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name of a sharded release. File names may not lead out of the folder."""

@@ -24,6 +24,8 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {  # files or folders that alone may
     "deepspeed": "mm_train/parallel/",
     "gguf": "mm_train/gguf/",
     "xllamacpp": "mm_train/gguf/",
+    "executorch": "mm_train/pte/",
+    "torchao": "mm_train/pte/",
     "megatron": ("mm_train/parallel/", "data_prep/megatron.py", "data_prep/bench_peers.py"),
     "wandb": "mm_train/metrics.py",
     "wandb_workspaces": "mm_train/dashboard.py",

@@ -1,8 +1,8 @@
-"""Export a checkpoint, as a release folder or for llama.cpp: the step between training and a device.
+"""Export a checkpoint, as a release folder, for llama.cpp or for ExecuTorch: the step between training and a device.
 
 python -m mm_train.export --checkpoint runs/quickstart/qat --out runs/quickstart/export
 python -m mm_train.export --checkpoint runs/quickstart/sft --out out/ --format bf16
-python -m mm_train.export --checkpoint runs/device/qat --out out/ --format gguf
+python -m mm_train.export --checkpoint runs/device/qat --out out/ --format gguf          # or executorch
 python -m mm_train.export verify out/ --reference runs/device/qat
 """
 
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,12 +21,15 @@ from mm_train.checkpoint.folders import find
 from mm_train.checkpoint.format import open_checkpoint
 from mm_train.cli import UserError, command
 from mm_train.export.source import ExportSource
+from mm_train.files import is_file
 from mm_train.model_folder import find_tokenizer
 from mm_train.release import write_release
-from mm_train.release_format import stored_tensors
+from mm_train.release_files import read_json
+from mm_train.release_format import MARK, stored_tensors
 from mm_train.run_facts import run_facts
 from mm_train.tokenizer import Tokenizer, load_tokenizer
 
+FORMATS = ("int4", "bf16", "gguf", "executorch")
 QUANTISATION_AWARE, POST_TRAINING = "quantisation-aware training", "post-training quantisation"
 AFTER_TRAINING = (
     "note: this checkpoint is not from quantisation-aware training; its weights were quantised after training"
@@ -35,7 +39,8 @@ AFTER_TRAINING = (
 def export(
     path: Path, out: Path, format: str, license: str | None = None, requantise: bool = False
 ) -> tuple[list[Path], ExportSource]:
-    """Write the newest checkpoint of `path` (a run or checkpoint folder) to `out`; `license` is that of the weights.
+    """Write the newest checkpoint of `path` (a run or checkpoint folder), or a bf16 release, to `out`; `license` is
+    that of the weights.
 
     Returns the weight files and what they were made of.
 
@@ -45,6 +50,8 @@ def export(
     Raises UserError when there is no checkpoint, and when the experts were trained for another group axis and
     `requantise` is not set.
     """
+    if is_file(path / "config.json"):
+        return from_release(path, out, format, license)
     folder = find(path)
     saved = open_checkpoint(folder)
     cfg = saved.run_config
@@ -59,9 +66,25 @@ def export(
     facts |= {"license": license} if license else {}
     facts |= run_facts(path)
     source = ExportSource(folder)
+    return _write(source, out, format, tokenizer, facts), source
+
+
+def from_release(path: Path, out: Path, format: str, license: str | None) -> tuple[list[Path], ExportSource]:
+    """A bf16 release as an int4 one. Raises UserError for anything else: it would be a copy, or worse than that."""
+    source = ExportSource(path)
+    if source.expert_axis is not None or format != "int4":
+        what, to = ("a bf16", "int4 or gguf") if source.expert_axis is None else ("an int4", "gguf with --requantise")
+        raise UserError(f"{path} is {what} release: it exports as {to}, not {format}")
+    facts = read_json(path / "config.json").get(MARK)
+    facts = {key: value for key, value in (facts if isinstance(facts, dict) else {}).items() if key != "name"}
+    facts |= {"quantisation": POST_TRAINING} | ({"license": license} if license else {})
+    return _write(source, out, format, load_tokenizer(find_tokenizer(path)), facts), source
+
+
+def _write(source: ExportSource, out: Path, format: str, tokenizer: Tokenizer, facts: dict[str, Any]) -> list[Path]:
     total = sum(stored.bytes for stored in stored_tensors(source.shape, format))
     with tqdm(desc=out.name, total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-        return write_release(source, out, format, tokenizer, facts=facts, progress=bar.update), source
+        return write_release(source, out, format, tokenizer, facts=facts, progress=bar.update)
 
 
 def how(cfg: config.Config, format: str) -> str:
@@ -82,11 +105,18 @@ def to_gguf(source: ExportSource, tokenizer: Tokenizer, args: argparse.Namespace
     return file
 
 
+def to_pte(source: ExportSource, tokenizer: Tokenizer, args: argparse.Namespace) -> Path:
+    """Write a model as an ExecuTorch program; returns the file. Raises UserError."""
+    from mm_train.pte.export import export_pte
+
+    return export_pte(source, tokenizer, args.out, args.requantise)
+
+
 def report(files: list[Path], source: ExportSource, args: argparse.Namespace, seconds: float) -> None:
     """Say what was written, and what it cost."""
     size = sum(file.stat().st_size for file in files)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    kind = "GGUF" if args.format == "gguf" else f"{args.format} release"
+    kind = {"gguf": "GGUF", "executorch": "ExecuTorch program"}.get(args.format, f"{args.format} release")
     print(f"{kind}: {', '.join(map(str, files))} ({size:,} bytes), {seconds:.0f} s, at most {peak:.2f} GiB of memory")
     if source.errors:
         worst = max(source.errors, key=source.errors.__getitem__)
@@ -108,37 +138,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verify(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m mm_train.export",
-        description="Write a checkpoint as a release folder (int4, bf16), or as a file for llama.cpp (gguf).",
+        description="Write a checkpoint as a release folder (int4, bf16), or for llama.cpp (gguf) or ExecuTorch.",
         epilog="python -m mm_train.export verify --help: compare what was written with what was trained",
     )
     weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--checkpoint", type=Path, help="run or checkpoint folder; for gguf a release too")
+    weights.add_argument("--checkpoint", type=Path, help="run, checkpoint or release folder")
     weights.add_argument(
-        "--random-weights", type=Path, metavar="MODEL.yaml", help="gguf: an untrained network, to measure speed with"
+        "--random-weights",
+        type=Path,
+        metavar="MODEL.yaml",
+        help="gguf, executorch: an untrained network, to measure speed with",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--format", default="int4", choices=("int4", "bf16", "gguf"), help="default: %(default)s")
+    parser.add_argument("--format", default="int4", choices=FORMATS, help="default: %(default)s")
     parser.add_argument("--license", help="of the weights, as the model card shall name it, e.g. apache-2.0")
     parser.add_argument(
         "--requantise", action="store_true", help="quantise experts anew whose groups lie along another axis"
     )
     parser.add_argument(
-        "--tokenizer", help='gguf: folder or "llama3" (default: the run\'s own; llama3 with random weights)'
+        "--tokenizer", help='gguf, executorch: folder or "llama3" (default: the run\'s own; llama3 with random weights)'
     )
     parser.add_argument("--float32", action="store_true", help="gguf: do not quantise at all, to compare runtimes")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    if args.format == "gguf":
+    if args.float32 and args.format != "gguf":
+        raise UserError(f"--float32 is for --format gguf, not {args.format}")
+    if args.format in ("gguf", "executorch"):
         if args.random_weights:
             source, tokenizer = ExportSource.random(args.random_weights), args.tokenizer or "llama3"
         else:
             source = ExportSource(args.checkpoint)
             tokenizer = args.tokenizer or find_tokenizer(args.checkpoint)
-        files = [to_gguf(source, load_tokenizer(tokenizer), args)]
+        write = to_gguf if args.format == "gguf" else to_pte
+        files = [write(source, load_tokenizer(tokenizer), args)]
     else:
-        for flag in ("float32", "random_weights", "tokenizer"):
+        for flag in ("random_weights", "tokenizer"):
             if getattr(args, flag):
-                raise UserError(f"--{flag.replace('_', '-')} is for --format gguf, not {args.format}")
+                raise UserError(f"--{flag.replace('_', '-')} is for --format gguf and executorch, not {args.format}")
         files, source = export(args.checkpoint, args.out, args.format, args.license, args.requantise)
     report(files, source, args, time.perf_counter() - started)
     return 0

@@ -1,4 +1,4 @@
-"""What runs a model: this project, transformers, or llama.cpp, behind two questions that all of them can answer."""
+"""What runs a model: this project, transformers, llama.cpp or ExecuTorch, behind two questions that all can answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,14 +69,25 @@ def gguf_file(path: Path) -> Path | None:
     return path / "model.gguf" if is_file(path / "model.gguf") else None
 
 
+def pte_file(path: Path) -> Path | None:
+    """The ExecuTorch program that `path` is or holds; None when there is none."""
+    if path.suffix == ".pte":
+        return path
+    return path / "model.pte" if is_file(path / "model.pte") else None
+
+
 def runtimes(path: Path, context: int, threads: int) -> dict[str, Runtime]:
     """Everything here that runs the model at `path` as its users will, by name. Raises UserError where nothing does."""
     if (gguf := gguf_file(path)) is not None:
         from mm_train.gguf.runtime import LlamaCpp
 
         return {"llama.cpp": LlamaCpp(gguf, context, threads, exact=True)}
+    if (pte := pte_file(path)) is not None:
+        from mm_train.pte.runtime import ExecuTorch
+
+        return {"ExecuTorch": ExecuTorch(pte)}
     if is_file(path / "config.json"):
         from mm_train.release import load_release
 
         return {"ours": Ours(load_release(path)), "transformers": Transformers(path)}
-    raise UserError(f"{path} is neither a GGUF file or folder nor a release folder: export writes both")
+    raise UserError(f"{path} is no GGUF or ExecuTorch file or folder and no release folder: export writes these")

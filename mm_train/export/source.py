@@ -38,7 +38,7 @@ class ExportSource:
             release = self._release = Release(path)
             self.shape = release.shape
             self.expert_axis = "out" if release.int4 else None
-            self._read = lambda name: release.read(name)[0].float()
+            self._read = self._read_release
         else:
             reader = Reader(find(path)).verify()
             self.shape = reader.model_config
@@ -59,6 +59,13 @@ class ExportSource:
         """Values in float32; those of an int4 release are q * scale."""
         return self._read(name)
 
+    def _read_release(self, name: str) -> Tensor:
+        """A tensor of a release. Its files are closed after each: pages of a mapped file count as memory in use."""
+        assert self._release is not None
+        values = self._release.read(name)[0].float()
+        self._release.close()
+        return values
+
     def is_int4(self, name: str) -> bool:
         """Is a tensor of an int4 release on the grid?"""
         return self._release is not None and "codes" in self._release.stored[name]
@@ -75,10 +82,15 @@ class ExportSource:
         """
         trained_axis = -2 if ".experts." in name and self.expert_axis == "in" else -1
         if self._release is not None and self._release.int4 and axis == trained_axis:
-            return self._release.codes(name)
+            codes = self._release.codes(name)
+            self._release.close()
+            return codes
         values = self.read(name)
         if self.expert_axis is None or axis == trained_axis:
-            return _quantise(values, axis)
+            try:
+                return _quantise(values, axis)
+            except UserError as error:
+                raise UserError(f"{self.path}, {name}: {error}") from None
         on_grid = dequantise(*quantise(values, trained_axis), trained_axis)
         codes, scales = quantise(on_grid, axis)
         self.errors[name] = float((dequantise(codes, scales, axis) - on_grid).norm() / on_grid.norm())

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mm_train import inventory
 from mm_train.cli import UserError, command
-from mm_train.export.runtimes import Ours, Runtime, gguf_file, runtimes
+from mm_train.export.runtimes import Ours, Runtime, gguf_file, pte_file, runtimes
 from mm_train.export.source import ExportSource
 from mm_train.files import write_atomic
 from mm_train.model_folder import find_tokenizer, load_model
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mm_train.export verify", description="Compare an artefact with the checkpoint it was made of."
     )
-    parser.add_argument("artefact", type=Path, help="release folder, GGUF folder or .gguf file")
+    parser.add_argument("artefact", type=Path, help="release folder, or .gguf or .pte file or folder")
     parser.add_argument("--reference", type=Path, required=True, help="run or checkpoint folder it was exported from")
     parser.add_argument("--prompts", type=Path, help="text file to read (default: this project's own README.md)")
     parser.add_argument("--num-prompts", type=int, default=20, help="pieces of it (default %(default)s)")
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"codes and scales: {found['codes']['equal']} tensors equal bit for bit, {len(differ)} not")
     for name in differ:
         print(f"  differs: {name}")
+    if "note" in found["codes"]:
+        print(found["codes"]["note"])
     if not found["codes"]["equal"] and not differ:
         print("  there is no int4 tensor in it: only what both say of text is compared")
     prompts = read_prompts(args, load_tokenizer(find_tokenizer(args.reference)), source)
@@ -80,6 +82,12 @@ def compare_codes(artefact: Path, source: ExportSource) -> dict[str, Any]:
     Where some tensors are int4, those that should be and are not differ too. An artefact of floats has none of both.
     Raises UserError when the artefact is of another network, or its groups lie along another axis.
     """
+    if (pte := pte_file(artefact)) is not None:
+        from mm_train.pte.int4 import NOTE, compare
+
+        there = compare(pte, source)
+        missing = sorted(name for name, found in there.items() if not found)
+        return {"equal": len(there) - len(missing), "differ": missing, "note": NOTE}
     equal, differ, seen = 0, [], set()
     for name, codes, scales, axis in stored_int4(artefact, source):
         seen.add(name)

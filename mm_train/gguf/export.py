@@ -11,7 +11,7 @@ from mm_train.cli import UserError
 from mm_train.export.source import ExportSource
 from mm_train.gguf import layout
 from mm_train.gguf.write import write
-from mm_train.output_folder import SUMS, output_folder, write_sums
+from mm_train.output_folder import SUMS, foreign_to, output_folder, write_sums
 from mm_train.tokenizer import Tokenizer, check_vocabulary
 
 MODEL, CARD = "model.gguf", "README.md"
@@ -39,21 +39,13 @@ def export_gguf(
     check_vocabulary(tokenizer, source.shape)
     total = sum(tensor.bytes for tensor in layout.tensors(source.shape))
     with (
-        output_folder(out, _foreign, "the GGUF folder") as folder,
+        output_folder(out, foreign_to(OWN_FILES), "the GGUF folder") as folder,
         tqdm(desc=MODEL, total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
     ):
         write(folder / MODEL, source, tokenizer, dict(facts), as_float32=as_float32, progress=bar.update)
         (folder / CARD).write_text(card(source.shape), encoding="utf-8")
         write_sums(folder)
     return out / MODEL
-
-
-def _foreign(path: Path) -> Path | None:
-    """The first thing at `path` that such an export would not have written."""
-    if not path.is_dir():
-        return path if path.exists() else None
-    unknown = sorted(entry.name for entry in path.iterdir() if entry.name not in OWN_FILES)
-    return path / unknown[0] if unknown else None
 
 
 def llama_cpp_flags(model: config.Model) -> str:

@@ -61,7 +61,12 @@ def write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            writer.write_tensor_data(_encode(tensor, source))
+            try:
+                writer.write_tensor_data(_encode(tensor, source))
+            except OSError as error:  # numpy says how much it wrote, and not why it was no more
+                if error.errno is None:
+                    raise OSError(f"the file stopped growing within {tensor.name}: is the disk full?") from None
+                raise
             progress(tensor.bytes)
     finally:
         writer.close()
