@@ -82,9 +82,9 @@ class ExportSource:
         """
         trained_axis = -2 if ".experts." in name and self.expert_axis == "in" else -1
         if self._release is not None and self._release.int4 and axis == trained_axis:
-            codes = self._release.codes(name)
+            stored = self._release.codes(name)
             self._release.close()
-            return codes
+            return stored
         values = self.read(name)
         if self.expert_axis is None or axis == trained_axis:
             try:

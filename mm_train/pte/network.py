@@ -39,7 +39,7 @@ def linear(source: ExportSource, name: str) -> nn.Linear:
         codes,
         scales.float(),
         torch.zeros_like(scales, dtype=torch.int8),
-        torch.int4,
+        getattr(torch, "int4"),  # noqa: B009 - a type checker does not know it
         (1, GROUP),
         torch.float32,
         library.IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN,
@@ -63,6 +63,8 @@ def rotate(x_1TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 class FeedForward(nn.Module):
     """Some experts, all of them in one operator: the routed ones, or a single one that every token passes."""
+
+    router: Tensor
 
     def __init__(self, model: config.Model, source: ExportSource, prefix: str, routed: bool) -> None:
         super().__init__()
@@ -89,6 +91,13 @@ class FeedForward(nn.Module):
 
 class Layer(nn.Module):
     """Attention with its cache, then experts."""
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    norm: Tensor
+    post_norm: Tensor
 
     def __init__(self, model: config.Model, source: ExportSource, index: int, places: int) -> None:
         super().__init__()
@@ -124,6 +133,10 @@ class Layer(nn.Module):
 
 class Network(nn.Module):
     """All of it. `places`: tokens that the cache holds."""
+
+    cos: Tensor
+    sin: Tensor
+    norm: Tensor
 
     def __init__(self, source: ExportSource, places: int) -> None:
         """Raises UserError for a network that the operator does not compute."""
