@@ -104,7 +104,7 @@ def open_gguf(file: Path) -> Subject:
     from mm_train.output_folder import sha256
 
     known = read_model(file)
-    loaded = LlamaCpp(file, known.context, torch.get_num_threads(), exact=True)
+    loaded = LlamaCpp(file, known.context, torch.get_num_threads(), exact=True, known=known)
     engine = LlamaCppEngine(loaded, OwnCodec(known.tokenizer()))
     facts = {
         "parameters": known.parameters,

@@ -14,7 +14,7 @@ import numpy as np
 
 from mm_train.cli import UserError
 from mm_train.gguf.layout import ARCHITECTURE
-from mm_train.gguf.read import read_model
+from mm_train.gguf.read import Facts, read_model
 
 NEAREST = 64  # tokens whose log-probabilities are asked for along with that of the token in question
 LEAST = -104.0  # nats: what llama.cpp gives as zero, less than the smallest float32
@@ -28,10 +28,17 @@ class LlamaCpp:
     """
 
     def __init__(
-        self, path: Path, context: int = 2048, threads: int = 1, exact: bool = False, paged: bool = False
+        self,
+        path: Path,
+        context: int = 2048,
+        threads: int = 1,
+        exact: bool = False,
+        paged: bool = False,
+        known: Facts | None = None,
     ) -> None:
         """`exact`: keys and values in float32 and no flash attention, to compare numbers rather than speed. `paged`:
-        weights stay in the mapped file as they are, not rearranged for speed, to see which of them are read.
+        weights stay in the mapped file as they are, not rearranged for speed, to see which of them are read. `known`:
+        what read_model says of the file, where it is at hand: that takes seconds with a large vocabulary.
 
         Raises UserError where there is no such file, no llama.cpp, or one that cannot load it.
         """
@@ -39,7 +46,7 @@ class LlamaCpp:
             import xllamacpp
         except ImportError:
             raise UserError("running GGUF needs the package xllamacpp: pip install 'mobilemoe-train[device]'") from None
-        facts = read_model(path)
+        facts = known or read_model(path)
         self.facts = facts.keys
         self._letter = facts.tokens.index("a")  # a vocabulary of bytes has every letter
         params = xllamacpp.CommonParams()
