@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from eval.item_log import Answer, ItemLog
-from eval.packed import Likelihood, Work
+from eval.item_log import Answer, ItemLog, Used, add_used
+from eval.packed import Likelihood, PackedEngine, Work
 from eval.ranks import Ranks
 from eval.sequences import Codec, Prompt, Request, Scored, encode
 from eval.tries import order_key
@@ -70,6 +70,9 @@ class LM:
     def __init__(self, engine: Engine, log: ItemLog | None = None, ranks: Ranks | None = None) -> None:
         self.engine, self.log, self.ranks = engine, log, ranks
         self.kept: dict[str, Answer] = {}
+        self.asked: dict[str, int] = {}  # unequal requests, by benchmark
+        self._used: dict[str, Used] = dict(log.used) if log else {}  # of earlier processes
+        self._newly_used: dict[str, Used] = {}
         # A file system may show one rank what another one does not see yet.
         for answers in self._gather(log.answers if log else {}):
             self.kept |= answers
@@ -77,10 +80,12 @@ class LM:
     def answer(self, requests: Sequence[tuple[int, Request]], desc: str = "requests") -> Answers:
         """Requests with the number of their document. All ranks pass the same and get all answers.
 
-        `desc` is the label of the progress bar. Raises ValueError for a request with nothing to score.
+        `desc`, the name of the benchmark, is the label of the progress bar. Raises ValueError for a request with
+        nothing to score.
         """
         items = encode(requests, self.engine.codec, self.engine.context)
         keys = [item.key for item in items]
+        self.asked[desc] = len(set(keys))
         todo = {key: item for key, item in zip(keys, items, strict=True) if key not in self.kept}
         new = self._compute(self._mine(todo), desc)
         for others in self._gather(new):
@@ -90,6 +95,16 @@ class LM:
             sum(item.cut for item in items),
             sum(isinstance(item, Prompt) and item.shortened for item in items),
         )
+
+    def used(self) -> dict[str, Used]:
+        """Which experts the answers used, by benchmark, those of earlier processes included as far as the log tells.
+
+        All ranks have to call it. Empty for an engine that does not count.
+        """
+        total = dict(self._used)
+        for used in [self._newly_used] if self.ranks is None else self.ranks.gather(self._newly_used):
+            add_used(total, used)
+        return total
 
     def _gather(self, answers: dict[str, Answer]) -> list[dict[str, Answer]]:
         return [answers] if self.ranks is None else self.ranks.gather(answers)
@@ -120,8 +135,11 @@ class LM:
                 keys = [key for key, item in todo.items() if isinstance(item, kind)]
                 for batch in run([todo[key] for key in keys]):
                     answers: dict[str, Answer] = {keys[number]: answer for number, answer in batch.items()}
+                    counts = self.engine.counted() if isinstance(self.engine, PackedEngine) else None
+                    used = {} if counts is None else {desc: Used(len(answers), counts)}
+                    add_used(self._newly_used, used)
                     if self.log is not None:
-                        self.log.add(answers)
+                        self.log.add(answers, used)
                     new |= answers
                     bar.update(len(answers))
         return new

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.expert_counts import ExpertCounts
 from eval.sequences import Codec, Prompt, Scored, finish
 from eval.tries import Row, chain, cluster, pack
 from mm_train.decode import generate
@@ -71,6 +72,18 @@ class PackedEngine:
         self.device = model.model.embed_tokens.weight.device
         self.context = model.config.max_position_embeddings
         self.work = Work()
+        self._counts: ExpertCounts | None = None
+        self._counted: list[np.ndarray] = []  # a batch each
+
+    def count_experts(self) -> None:
+        """From now on, count which experts are chosen (a dense network has none)."""
+        if self.model.moe_layers():
+            self._counts = ExpertCounts(self.model)
+
+    def counted(self) -> np.ndarray | None:
+        """The counts of the batches answered since the last call, [2, L, E] (eval.expert_counts); None when off."""
+        counted, self._counted = self._counted, []
+        return np.sum(counted, axis=0) if counted else None
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Scored]) -> Iterator[dict[int, Likelihood]]:
@@ -82,10 +95,14 @@ class PackedEngine:
         for indices, prefix in cluster(rows):
             cache = self._prefix(rows[indices[0]].ids[:prefix])
             indices.sort(key=lambda index: len(rows[index]), reverse=True)  # memory trouble shows at once
+            before = self._taken()
             start = 0
             while start < len(indices):
                 size = max(1, self.batch_tokens // (len(rows[indices[start]]) - prefix))
-                yield self._score([rows[index] for index in indices[start:][:size]], cache, prefix)
+                batch = [rows[index] for index in indices[start:][:size]]
+                answers = self._score(batch, cache, prefix)
+                self._keep(len(batch), before)
+                yield answers
                 start += size
 
     def _prefix(self, ids: np.ndarray) -> KVCache | None:
@@ -93,9 +110,21 @@ class PackedEngine:
         if not len(ids):
             return None
         cache = self.model.new_cache(1, len(ids))
-        self.model.hidden(torch.from_numpy(ids)[None].to(self.device), cache)
+        tokens_BT = torch.from_numpy(ids)[None].to(self.device)
+        if self._counts is not None:
+            self._counts.expect(torch.ones_like(tokens_BT), torch.zeros_like(tokens_BT))
+        self.model.hidden(tokens_BT, cache)
         self.work.tokens += len(ids)
         return cache
+
+    def _taken(self) -> np.ndarray | None:
+        return None if self._counts is None else self._counts.take()
+
+    def _keep(self, rows: int, prefix: np.ndarray | None) -> None:
+        """Keep what the batch that has just been answered adds: its own tokens, and for each row the shared prefix."""
+        own = self._taken()
+        if own is not None and prefix is not None:
+            self._counted.append(own + rows * prefix)
 
     def _score(self, batch: list[Row], prefix: KVCache | None, length: int) -> dict[int, Likelihood]:
         """Run one batch, longest row first."""
@@ -115,12 +144,17 @@ class PackedEngine:
         self.work.padding += tokens_BT.size - used
         plain = prefix is None and all((row.last == len(row) - 1).all() for row in batch)
         tokens, depth, last = (torch.from_numpy(a).to(self.device) for a in (tokens_BT, depth_BT, last_BT))
+        where = [torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in (rows, nodes)]
+        if self._counts is not None:
+            own_B1 = torch.tensor([len(row) - length for row in batch], device=self.device)[:, None]
+            scored_BT = torch.zeros_like(tokens)
+            scored_BT[where[0], where[1]] = 1
+            self._counts.expect(torch.arange(width, device=self.device) < own_B1, scored_BT)
         if plain:  # padding on the right needs no mask: the model is causal
             hidden_BTD = self.model.hidden(tokens)
         else:
             seen = PackedRows(prefix, depth, self._mask(last, length))
             hidden_BTD = self.model.hidden(tokens, seen)
-        where = [torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in (rows, nodes)]
         paths = [path for row in batch for path in row.paths]
         targets = torch.from_numpy(np.concatenate([path.targets for path in paths])).long().to(self.device)
         logprob_N, greedy_N = self._head(hidden_BTD[where[0], where[1]], targets)
@@ -154,6 +188,7 @@ class PackedEngine:
         for indices, prefix in cluster(rows):
             with torch.inference_mode():
                 cache = self._prefix(rows[indices[0]].ids[:prefix])
+                before = self._taken()
             # Those that may write long together: a batch lasts as long as its longest answer.
             indices.sort(key=lambda index: (prompts[index].max_new, len(rows[index])), reverse=True)
             start = 0
@@ -161,7 +196,10 @@ class PackedEngine:
                 length = max(len(rows[index]) for index in indices[start:])
                 room = CACHE_FACTOR * self.batch_tokens // (length + prompts[indices[start]].max_new)
                 size = max(1, min(PROMPT_FACTOR * self.batch_tokens // (length - prefix), room))
-                yield self._write(indices[start:][:size], prompts, cache)
+                numbers = indices[start:][:size]
+                answers = self._write(numbers, prompts, cache)
+                self._keep(len(numbers), before)
+                yield answers
                 start += size
 
     def _write(self, numbers: list[int], prompts: Sequence[Prompt], prefix: KVCache | None) -> dict[int, str]:
@@ -177,9 +215,15 @@ class PackedEngine:
 
         ids = [prompt.ids.tolist() for prompt in batch]
         longest = max(prompt.max_new for prompt in batch)
+        shared = prefix.length if prefix else 0
+        if self._counts is not None:
+            width = max(len(row) for row in ids) - shared
+            own_B1 = torch.tensor([len(row) - shared for row in ids], device=self.device)[:, None]
+            column_T = torch.arange(width, device=self.device)
+            last_BT = (column_T == width - 1).expand(len(ids), -1)
+            self._counts.expect(column_T >= width - own_B1, last_BT)  # prompts are padded on the left
         for _ in generate(self.model, ids, longest, stop_ids=self.codec.stop_ids, prefix=prefix, ended=ended):
             pass
-        shared = prefix.length if prefix else 0
         self.work.tokens += sum(len(row) - shared for row in ids) + sum(max(0, len(text) - 1) for text in written)
         texts = (finish(self.codec.decode(text), prompt.stops) for text, prompt in zip(written, batch, strict=True))
         return dict(zip(numbers, texts, strict=True))

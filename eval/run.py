@@ -1,6 +1,7 @@
 """Evaluates a model on benchmarks: python -m eval.run --tasks all --model DIR_OR_RUN [--limit N].
 
-Writes results.json, results.md and results.html, and prints a table. Every benchmark that was asked for is in them,
+Writes results.json, results.md and results.html, and prints a table; of a mixture of experts also which of them each
+benchmark uses: experts.json, experts.svg. Every benchmark that was asked for is in them,
 with a status: ok, missing (its data is not in the mirror) or "not run" (and why). Never uses the network.
 """
 
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval import table
+from eval import expert_use, table
 from eval.mirror import Mirror
 from eval.suite import Benchmark, load_suites, select
 from mm_train.cli import UserError, command
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace, benchmarks: list[Benchmark], mirror: Mirror, o
     from eval.item_log import ItemLog
     from eval.lm import LM
     from eval.models import open_model
+    from eval.packed import PackedEngine
     from eval.ranks import Ranks
     from eval.results import averages, evaluate, versions
     from eval.tasks import offline
@@ -70,13 +72,18 @@ def run(args: argparse.Namespace, benchmarks: list[Benchmark], mirror: Mirror, o
     log = ItemLog(out / "answers" / subject.key[:16], ranks.rank)
     items = out / "items"
     items.mkdir(exist_ok=True)
-    lm = LM(subject.engine, log, ranks)
+    lm, engine = LM(subject.engine, log, ranks), subject.engine
+    if isinstance(engine, PackedEngine):
+        engine.count_experts()
     tasks = evaluate(benchmarks, mirror, lm, args.limit, args.allow_code_execution, items if ranks.is_main else None)
     work = ranks.gather((subject.engine.work.tokens, subject.engine.work.padding))
+    used = lm.used()
     ranks.close()
     log.close()
     if not ranks.is_main:
         return None
+    experts_per_token = engine.model.config.num_experts_per_tok if isinstance(engine, PackedEngine) else 0
+    expert_use.write(out, expert_use.facts(used, lm.asked, args.model, experts_per_token))
     return {
         "model": args.model,
         "format": subject.facts["format"],
@@ -166,11 +173,13 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         write_atomic(out / "results.md", table.markdown(results, published).encode())
-        write_atomic(out / "results.html", table.page(results, published).encode())
+        write_atomic(out / "results.html", table.page(results, published, expert_use.section(out)).encode())
     except OSError as error:
         raise UserError(f"evaluation into {out} stopped: {error}") from None
     print(table.terminal(results, published))
     print(f"results: {out / 'results.json'}")
+    if (out / expert_use.FACTS).is_file():
+        print(f"which benchmark uses which experts: {out / expert_use.FACTS}, {out / expert_use.FIGURE}")
     done = (t["status"] == "ok" and (t["complete"] or args.limit is not None) for t in results["tasks"].values())
     return 0 if all(done) else INCOMPLETE
 

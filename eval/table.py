@@ -114,8 +114,11 @@ def markdown(results: dict[str, Any], published: Published) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(results: dict[str, Any], published: Published) -> str:
-    """The same as an HTML page that needs nothing else; a bar for each score, a tick for what guessing scores."""
+def page(results: dict[str, Any], published: Published, more: str = "") -> str:
+    """The same as an HTML page that needs nothing else; a bar for each score, a tick for what guessing scores.
+
+    `more`: HTML that stands below.
+    """
     names = header(published)
     cells = "".join(f"<th class='left'>{html.escape(name)}</th>" for name in names)
     lines = [f"<tr>{cells}<th class='left'>0 to 100</th></tr>"]
@@ -132,5 +135,5 @@ def page(results: dict[str, Any], published: Published) -> str:
     head = html.escape(title(results))
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{head}</title><style>{STYLE}</style>"
-        f"<h1>{head}</h1><table>{''.join(lines)}</table>{below}</html>\n"
+        f"<h1>{head}</h1><table>{''.join(lines)}</table>{below}{more}</html>\n"
     )

@@ -5,6 +5,8 @@ with RoutingRecord(model) as record:
 share_L = changed(record_of_another_model.choices, record.choices)
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,22 +19,28 @@ from mm_train.model import MobileMoE
 Choices = list[np.ndarray]  # for each layer, ids of the chosen experts [tokens, K], int16
 
 
+def listen(model: MobileMoE, heard: Callable[[int, Tensor], None]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Call `heard(layer, ids_TK)` with the experts that the routers of a model choose, until the hooks are removed."""
+
+    def hook(index: int) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _, __, logits_TE: heard(index, route(logits_TE, *layers[index].routing_options())[0])
+
+    layers = model.moe_layers()
+    return [layer.router.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
+
+
 class RoutingRecord:
     """Listens to the routers of a model inside a `with` block."""
 
     def __init__(self, model: MobileMoE) -> None:
-        self._layers = model.moe_layers()
-        self._kept: list[list[np.ndarray]] = [[] for _ in self._layers]
-        self._last: list[Tensor | None] = [None] * len(self._layers)  # ids_TK of the forward pass under way
+        self._model = model
+        layers = model.moe_layers()
+        self._kept: list[list[np.ndarray]] = [[] for _ in layers]
+        self._last: list[Tensor | None] = [None] * len(layers)  # ids_TK of the forward pass under way
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "RoutingRecord":
-        for index, layer in enumerate(self._layers):
-
-            def listen(_: nn.Module, __: object, logits_TE: Tensor, index: int = index) -> None:
-                self._last[index] = route(logits_TE, *self._layers[index].routing_options())[0]
-
-            self._hooks.append(layer.router.register_forward_hook(listen))
+        self._hooks = listen(self._model, self._last.__setitem__)
         return self
 
     def __exit__(self, *_: object) -> None:
