@@ -1,8 +1,7 @@
 """Counts which experts a model's routers choose while it answers, without a say in what it answers.
 
-Two counts: at every token that the model reads (prompts, choices and what it writes; padding never), and at those of
-them where something is predicted that counts: the tokens before those of a choice, and before those that are written.
-A prompt that several rows share counts for each of them, though it is computed once. So the counts belong to the
+Two counts: at every token that the model is given to read (prompts and choices, never padding or what it writes), and
+at every token from which one is predicted that counts: a token of a choice, or the next one that is written. A prompt that several rows share counts for each of them, though it is computed once. So the counts belong to the
 questions: they depend neither on batches nor on the number of processes.
 
 Shapes: N tokens of a forward pass (B rows x T columns), L layers, E experts, K chosen experts.
@@ -28,13 +27,13 @@ class ExpertCounts:
         listen(model, self._heard)
 
     def expect(self, read_BT: Tensor, scored_BT: Tensor) -> None:
-        """Which tokens of the next forward pass count. Of a pass that is not announced every token does, in both."""
+        """Which tokens of the next forward pass are read, and which scored; without this call the model is writing."""
         self._tokens = torch.stack([read_BT.flatten(), scored_BT.flatten()]).long()
 
     def _heard(self, layer: int, ids_TK: Tensor) -> None:
         tokens_2N = self._tokens
         if tokens_2N is None:
-            tokens_2N = self._counts.new_ones(2, len(ids_TK))
+            tokens_2N = torch.tensor([[0], [1]], device=ids_TK.device).expand(2, len(ids_TK))
         slots = tokens_2N.repeat_interleave(ids_TK.shape[1], dim=1)
         self._counts[:, layer].index_add_(1, ids_TK.flatten().long(), slots)
         if layer == self._last:

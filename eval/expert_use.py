@@ -17,7 +17,7 @@ from eval.item_log import READ, SCORED, Used
 from mm_train.files import write_atomic
 
 FACTS, FIGURE = "experts.json", "experts.svg"
-COLUMNS = 4  # panels side by side
+COLUMNS = 5  # panels side by side
 RANGE = 2  # colours reach from 2**-RANGE to 2**RANGE times an even share
 
 
@@ -69,9 +69,10 @@ def overlap(first_LE: np.ndarray, second_LE: np.ndarray) -> float:
 def notes(found: dict[str, Any]) -> list[str]:
     """How to read the figure, and which counts are not of just the requests of this evaluation."""
     lines = [
-        f"Expert use: every token that is read, few-shot examples included, chooses {found['experts_per_token']} of "
-        f"{found['experts']} experts in each of {found['layers']} layers. Red: more often than evenly, blue: less "
-        "often. Overlap: the share of the choices that two benchmarks have in common, mean over the layers."
+        f"Every token of a benchmark's prompts, few-shot examples included, and of its choices takes "
+        f"{found['experts_per_token']} of {found['experts']} experts in each of {found['layers']} layers. Red: an "
+        "expert that is taken more often than evenly, blue: less often. Overlap: the share of what is taken that two "
+        f"benchmarks have in common, mean over the layers. {FACTS} also has the tokens that answers depend on."
     ]
     for name, task in found["tasks"].items():
         if task["requests"] < task["of"]:
@@ -92,6 +93,7 @@ def figure(found: dict[str, Any]) -> bytes:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = list(found["tasks"])
     shares = np.stack([share(found["tasks"][name]["read"]["counts"]) for name in names])  # [tasks, L, E]
@@ -100,13 +102,14 @@ def figure(found: dict[str, Any]) -> bytes:
     rows = math.ceil((found["layers"] + 1) / COLUMNS)
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "experts", "font.size": 8}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(3.0 * COLUMNS + 1, (0.9 + 0.17 * len(names)) * rows + 0.6), layout="constrained")
+        figure = Figure(figsize=(2.7 * COLUMNS + 1, (0.9 + 0.17 * len(names)) * rows + 0.6), layout="constrained")
         panels = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
         for layer in range(found["layers"]):
             image = panels[layer].imshow(
                 times[:, layer], aspect="auto", cmap="RdBu_r", vmin=-RANGE, vmax=RANGE, interpolation="nearest"
             )
-            panels[layer].set_title(f"layer {layer}", fontsize=8, loc="left")
+            panels[layer].set_title(f"layer {layer}, by expert", fontsize=8, loc="left")
+            panels[layer].xaxis.set_major_locator(MaxNLocator(integer=True))
         bar = figure.colorbar(image, ax=panels[: found["layers"]].tolist(), shrink=0.8, pad=0.01)
         bar.set_ticks(range(-RANGE, RANGE + 1), labels=[f"{2.0**tick:g}x" for tick in range(-RANGE, RANGE + 1)])
         bar.set_label("of an even share")
