@@ -1,8 +1,9 @@
 """Counts which experts a model's routers choose while it answers, without a say in what it answers.
 
 Two counts: at every token that the model is given to read (prompts and choices, never padding or what it writes), and
-at every token from which one is predicted that counts: a token of a choice, or the next one that is written. A prompt that several rows share counts for each of them, though it is computed once. So the counts belong to the
-questions: they depend neither on batches nor on the number of processes.
+at every token from which one is predicted that counts: a token of a choice, or the next one that is written. A prompt
+that several rows share counts for each of them, though it is computed once. So the counts belong to the questions: they
+depend neither on batches nor on the number of processes.
 
 Shapes: N tokens of a forward pass (B rows x T columns), L layers, E experts, K chosen experts.
 """

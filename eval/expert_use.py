@@ -1,4 +1,4 @@
-"""Which experts which benchmark uses, as in the paper's appendix: experts.json, a heat map, and how alike benchmarks are.
+"""Which benchmark uses which experts, as in the paper's appendix: experts.json, a heat map, how alike benchmarks are.
 
 Torch-free; the figure needs matplotlib (the report extra).
 """
@@ -62,7 +62,7 @@ def effective(counts_LE: Any) -> float:
 
 
 def overlap(first_LE: np.ndarray, second_LE: np.ndarray) -> float:
-    """What two benchmarks have in common: 1 when they use all experts alike, 0 when they share none; over the layers."""
+    """What two benchmarks have in common: 1 when they use all experts alike, 0 when they share none; by layer, mean."""
     return float(np.minimum(first_LE, second_LE).sum(1).mean())
 
 
@@ -89,7 +89,7 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 
 def figure(found: dict[str, Any]) -> bytes:
-    """SVG: for each layer benchmarks x experts, and the overlap of benchmarks. Raises ImportError without matplotlib."""
+    """SVG: benchmarks x experts of each layer, and the overlap of benchmarks. Raises ImportError without matplotlib."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

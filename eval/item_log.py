@@ -20,7 +20,7 @@ READ, SCORED = 0, 1  # the first axis of counts of experts
 
 @dataclass
 class Used:
-    """How often each expert was chosen for `requests` answers of a benchmark: `counts` [2, L, E], eval.expert_counts."""
+    """How often each expert was chosen for `requests` answers of a benchmark: [2, L, E], see eval.expert_counts."""
 
     requests: int
     counts: np.ndarray

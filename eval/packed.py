@@ -4,7 +4,7 @@ Batches are made of rows of like length; those to be scored hold at most `batch_
 router sends them (dropless: nothing is dropped outside of training), so an answer does not depend on what else is in
 its batch.
 
-Shapes: B rows, T columns of a row, S columns that it sees (prefix included), N scored positions, V vocabulary.
+Shapes: B rows, T columns of a row, N scored positions, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from eval.expert_counts import ExpertCounts
 from eval.sequences import Codec, Prompt, Scored, finish
 from eval.tries import Row, chain, cluster, pack
 from mm_train.decode import generate
-from mm_train.kv_cache import KVCache
+from mm_train.kv_cache import Columns, KVCache
 from mm_train.model import MobileMoE
 
 HEAD_ELEMENTS = 2**26  # logits held at once, 256 MiB in float32
@@ -43,13 +43,9 @@ class PackedRows(KVCache):
     def __init__(self, prefix: KVCache | None, positions_BT: Tensor, mask_BTS: Tensor | None) -> None:
         self.prefix, self.positions_BT, self.mask_BTS = prefix, positions_BT, mask_BTS
 
-    def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
-        """All that the new columns can see: the prefix's keys and values, the same for every row, and their own."""
-        if self.prefix is None:
-            return k_BGTC, v_BGTC
-        rows = k_BGTC.shape[0]
-        keys, values = (t.expand(rows, -1, -1, -1) for t in self.prefix.filled(layer))
-        return torch.cat([keys, k_BGTC], 2), torch.cat([values, v_BGTC], 2)
+    def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> Columns:
+        """All that the new columns can see: their own, and the prefix's, the same for every row."""
+        return Columns(k_BGTC, v_BGTC, None if self.prefix is None else self.prefix.filled(layer))
 
     def positions(self, columns: int, device: torch.device) -> Tensor:
         """Depths in the trie."""
@@ -153,7 +149,7 @@ class PackedEngine:
         if plain:  # padding on the right needs no mask: the model is causal
             hidden_BTD = self.model.hidden(tokens)
         else:
-            seen = PackedRows(prefix, depth, self._mask(last, length))
+            seen = PackedRows(prefix, depth, self._mask(last))
             hidden_BTD = self.model.hidden(tokens, seen)
         paths = [path for row in batch for path in row.paths]
         targets = torch.from_numpy(np.concatenate([path.targets for path in paths])).long().to(self.device)
@@ -164,13 +160,12 @@ class PackedEngine:
             for path, logprob, greedy in zip(paths, logprob_N.split(sizes), greedy_N.split(sizes), strict=True)
         }
 
-    def _mask(self, last_BT: Tensor, prefix: int) -> Tensor:
-        """[B, T, S], 0 where a token may look: the prefix, its ancestors, itself."""
+    def _mask(self, last_BT: Tensor) -> Tensor:
+        """[B, T, T], 0 where a token may look: its ancestors and itself."""
         column_T = torch.arange(last_BT.shape[1], device=self.device)
         seen_BTT = (column_T[:, None] >= column_T) & (column_T[:, None] <= last_BT[:, None, :])
         zero = torch.zeros((), dtype=self.model.compute_dtype, device=self.device)
-        mask_BTT = zero.where(seen_BTT, -torch.inf)
-        return torch.nn.functional.pad(mask_BTT, (prefix, 0))
+        return zero.where(seen_BTT, -torch.inf)
 
     def _head(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each target (float64, on the CPU), and whether it is the most probable token."""
@@ -194,7 +189,7 @@ class PackedEngine:
             start = 0
             while start < len(indices):
                 length = max(len(rows[index]) for index in indices[start:])
-                room = CACHE_FACTOR * self.batch_tokens // (length + prompts[indices[start]].max_new)
+                room = CACHE_FACTOR * self.batch_tokens // (length - prefix + prompts[indices[start]].max_new)
                 size = max(1, min(PROMPT_FACTOR * self.batch_tokens // (length - prefix), room))
                 numbers = indices[start:][:size]
                 answers = self._write(numbers, prompts, cache)

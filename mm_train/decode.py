@@ -48,7 +48,8 @@ def generate(
     padding = [longest - len(prompt) for prompt in prompts]
     budgets = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     if cache is None:
-        cache = model.new_cache(len(prompts), longest + max(budgets), padding)
+        known = 0 if prefix is None else prefix.length
+        cache = model.new_cache(len(prompts), longest - known + max(budgets), padding)
         if prefix is not None:
             cache.begin_with(prefix)
     device = model.model.embed_tokens.weight.device
@@ -68,8 +69,7 @@ def generate(
         if not going:
             return
         if len(going) < len(rows):
-            cache.keep_rows(going)
-            rows = [rows[i] for i in going]
+            rows = [rows[i] for i in cache.keep_rows(going)]
         tokens_BT = torch.tensor([[written[row]] for row in rows], device=device)
 
 

@@ -1,8 +1,11 @@
 """Keys and values of the tokens a model has seen, so that the next token costs one row.
 
-Shapes: B rows, T new columns, S columns so far (new ones included), G key-value heads, C head width. Rows of unequal
-length are padded on the left; a row's positions begin at its first real column, so padding changes nothing but cost.
+Shapes: B rows, T new columns, S columns so far (new ones included), G key-value heads, C head width, P columns that all
+rows begin with. Rows of unequal length are padded on the left; a row's positions begin at its first real column, so
+padding changes nothing but cost.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +13,19 @@ from torch import Tensor
 from mm_train import config
 
 
+class Columns(NamedTuple):
+    """All that the new columns of a layer can see: the rows' own keys and values, and those that they begin with."""
+
+    keys_BGSC: Tensor
+    values_BGSC: Tensor
+    prefix: tuple[Tensor, Tensor] | None = None  # [1, G, P, C] each
+
+
 class KVCache:
     """Room for `capacity` columns of each row.
 
-    Attributes: `length` columns filled; `padding_B` columns of padding of each row, or None; `shared` columns that all
-    rows have in common lie to the left of it.
+    Attributes: `length` columns filled, `shared` of them the same for all rows and kept once; `padding_B` columns of
+    padding of each row after these, or None.
     """
 
     def __init__(
@@ -32,30 +43,32 @@ class KVCache:
         self._values = torch.empty(shape, dtype=dtype, device=device).unbind(0)
         self.capacity = capacity
         self.length = self.shared = 0
+        self._prefix: KVCache | None = None
         self.padding_B = torch.tensor(padding, device=device) if padding and any(padding) else None
 
     def begin_with(self, prefix: "KVCache") -> None:
-        """Fill the first columns of every row with what the one row of `prefix` holds; this cache must be empty."""
-        self.length = self.shared = prefix.length
-        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
-            keys[:, :, : self.length], values[:, :, : self.length] = prefix.filled(layer)
+        """Let every row begin with what the one row of `prefix` holds, which then must not change; this one is empty."""
+        self._prefix, self.length, self.shared = prefix, prefix.length, prefix.length
 
     def filled(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values so far, [B, G, S, C] views."""
-        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
+        """A layer's own keys and values so far, [B, G, S, C] views."""
+        own = self.length - self.shared
+        return self._keys[layer][:, :, :own], self._values[layer][:, :, :own]
 
-    def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; returns all of them, [B, G, S, C] views. `advance` ends the step.
+    def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> Columns:
+        """Store a layer's new keys and values; returns views of all of them. `advance` ends the step.
 
         Raises ValueError when they do not fit.
         """
         keys, values = self._keys[layer], self._values[layer]
-        end = self.length + k_BGTC.shape[2]
+        start = self.length - self.shared
+        end = start + k_BGTC.shape[2]
         if end > self.capacity:
             raise ValueError(f"a cache for {self.capacity} tokens cannot take {end}")
-        keys[:, :, self.length : end] = k_BGTC
-        values[:, :, self.length : end] = v_BGTC
-        return keys[:, :, :end], values[:, :, :end]
+        keys[:, :, start:end] = k_BGTC
+        values[:, :, start:end] = v_BGTC
+        prefix = None if self._prefix is None else self._prefix.filled(layer)
+        return Columns(keys[:, :, :end], values[:, :, :end], prefix)
 
     def advance(self, columns: int) -> None:
         """Count `columns` that every layer has appended."""
@@ -65,18 +78,22 @@ class KVCache:
         """Forget the columns from `length` on."""
         self.length = min(self.length, length)
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Drop all rows but these: finished ones need no more work."""
-        self._keys, self._values = (
-            tuple(self._selected(tensor, rows) for tensor in tensors) for tensors in (self._keys, self._values)
-        )
-        if self.padding_B is not None:
-            self.padding_B = self.padding_B[rows]
+    def keep_rows(self, rows: list[int]) -> list[int]:
+        """Drop all rows but these: finished ones need no more work. Returns them in the order that they now have.
 
-    def _selected(self, tensor: Tensor, rows: list[int]) -> Tensor:
-        kept = tensor.new_empty(len(rows), *tensor.shape[1:])
-        kept[:, :, : self.length] = tensor[rows, :, : self.length]
-        return kept
+        Nothing moves but rows from the end, into the places of dropped ones.
+        """
+        kept, own = set(rows), self.length - self.shared
+        moved = [row for row in rows if row >= len(rows)]
+        order = [place if place in kept else moved.pop() for place in range(len(rows))]
+        for tensor in (*self._keys, *self._values):
+            for place, row in enumerate(order):
+                if place != row:
+                    tensor[place, :, :own] = tensor[row, :, :own]
+        self._keys, self._values = (tuple(t[: len(rows)] for t in ts) for ts in (self._keys, self._values))
+        if self.padding_B is not None:
+            self.padding_B = self.padding_B[order]
+        return order
 
     def positions(self, columns: int, device: torch.device) -> Tensor:
         """Positions of the next `columns`: [T], or [B, T] when rows are padded (0 on padding)."""
@@ -84,14 +101,14 @@ class KVCache:
         return position_T if self.padding_B is None else (position_T - self.padding_B[:, None]).clamp(min=0)
 
     def mask(self, columns: int, device: torch.device) -> Tensor | None:
-        """Where the next `columns` may look, bool [1 or B, T, S]; None where plain attention does the same."""
-        if self.padding_B is None and (columns == 1 or self.length == 0):
+        """Where the next `columns` may look among their rows' own, bool [1 or B, T, S]; None: at all before them."""
+        own = self.length - self.shared
+        if self.padding_B is None and (columns == 1 or own == 0):
             return None
-        key_S = torch.arange(self.length + columns, device=device)
-        query_T1 = key_S[self.length :, None]
+        key_S = torch.arange(own + columns, device=device)
+        query_T1 = key_S[own:, None]
         mask_BTS = (key_S <= query_T1)[None]
         if self.padding_B is not None:
             # A padding column sees itself: attention over nothing would be NaN and spread.
-            padding_B11 = self.padding_B[:, None, None] + self.shared
-            mask_BTS = mask_BTS & ((key_S < self.shared) | (key_S >= padding_B11) | (key_S == query_T1))
+            mask_BTS = mask_BTS & ((key_S >= self.padding_B[:, None, None]) | (key_S == query_T1))
         return mask_BTS

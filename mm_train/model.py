@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import Lengths, attends_by_lengths, document_attention
+from kernels.attention import Lengths, attends_by_lengths, attention_after_prefix, document_attention
 from kernels.linear import linear
 from mm_train import config
-from mm_train.kv_cache import KVCache
+from mm_train.kv_cache import Columns, KVCache
 from mm_train.moe import MLP, MoELayer, RouterStats
 from mm_train.quant import Embedding, Linear
 from mm_train.weights import fill, initial
@@ -27,8 +27,8 @@ from mm_train.weights import fill, initial
 # What a query may look at: where a mask [B, T, S] (causal included) is True, or 0 rather than -inf; documents of these
 # lengths, back from itself; or all before it.
 Seen = Tensor | Lengths | None
-# New keys and values [B, G, T, C] -> all that can be seen [B, G, S, C].
-Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# New keys and values [B, G, T, C] -> all that can be seen.
+Append = Callable[[Tensor, Tensor], Columns]
 
 
 class Losses(NamedTuple):
@@ -120,11 +120,16 @@ class Attention(nn.Module):
             out_NHC = document_attention(q_NHC, k_NHC, v_NHC, seen)
             return self.o_proj(out_NHC.view_as(q_BTHC).flatten(2))
         q_BHTC, k_BGSC, v_BGSC = (t.transpose(1, 2) for t in (q_BTHC, k_BTGC, v_BTGC))
+        prefix = None
         if append is None:
             # CUDA's fused attention takes grouped heads without a mask only.
             k_BGSC, v_BGSC = (t.repeat_interleave(self.group, dim=1) for t in (k_BGSC, v_BGSC))
         else:
-            k_BGSC, v_BGSC = append(k_BGSC, v_BGSC)  # memory-bound: no copies of the cache
+            k_BGSC, v_BGSC, prefix = append(k_BGSC, v_BGSC)  # memory-bound: no copies of the cache
+        if prefix is not None:
+            mask = None if seen is None else seen[:, None]
+            out_BHTC = attention_after_prefix(q_BHTC, k_BGSC, v_BGSC, *prefix, mask)
+            return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))
         out_BHTC = F.scaled_dot_product_attention(
             q_BHTC,
             k_BGSC,

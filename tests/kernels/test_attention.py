@@ -2,7 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import Lengths, attends_by_lengths, document_attention, document_attention_reference
+from kernels.attention import (
+    Lengths,
+    attends_by_lengths,
+    attention_after_prefix,
+    document_attention,
+    document_attention_reference,
+)
 
 
 def packed(dtype=torch.float32, device="cpu"):
@@ -46,3 +52,33 @@ def test_flash_attention_by_lengths_agrees_with_the_reference(device):
     wide = [t.detach().float().requires_grad_() for t in tensors]
     for a, b in zip(got, with_gradients(document_attention_reference(*wide, lengths), wide), strict=True):
         torch.testing.assert_close(a.float(), b, rtol=2**-6, atol=2**-6 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("masked", ["none", "bool", "additive"])
+@torch.no_grad()
+def test_rows_that_begin_alike_see_their_beginning(columns, masked):
+    """Against one long row each; with fewer key-value heads than heads, and rows that are padded on the left."""
+    torch.manual_seed(0)
+    rows, heads, groups, width, own, prefix = 3, 4, 2, 16, 7, 11
+    q = torch.randn(rows, heads, columns, width)
+    k, v = torch.randn(2, rows, groups, own, width)
+    k_first, v_first = torch.randn(2, 1, groups, prefix, width)
+    mask = None
+    padding = torch.tensor([0, 2, 3]) if masked != "none" else torch.zeros(3, dtype=torch.long)
+    if masked != "none":
+        place = torch.arange(own)
+        seen = (place <= place[-columns:, None]) & (place >= padding[:, None, None])
+        mask = seen[:, None] if masked == "bool" else torch.zeros(()).where(seen, -torch.inf)[:, None]
+    got = attention_after_prefix(q, k, v, k_first, v_first, mask)
+    for row in range(rows):
+        pad = int(padding[row])
+        keys, values = (
+            torch.cat([first[0], mine[row, :, pad:]], 1).repeat_interleave(heads // groups, 0)
+            for first, mine in ((k_first, k), (v_first, v))
+        )
+        size = keys.shape[1]
+        place = torch.arange(size)
+        causal = place <= place[-columns:, None]
+        want = F.scaled_dot_product_attention(q[row], keys, values, attn_mask=causal)
+        torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-6)

@@ -67,3 +67,20 @@ def test_a_beginning_that_all_rows_share_is_computed_once(model, tokens):
         whole = model.hidden(torch.cat([tokens[0, :10], rest])[None])[0, 10:]
         torch.testing.assert_close(got[row, pad:], whole, rtol=1e-4, atol=1e-5)
     assert prefix.length == 10
+
+
+@torch.no_grad()
+def test_rows_move_only_from_the_end_when_others_are_dropped(model):
+    tokens = torch.randint(0, 512, (5, 12), generator=torch.Generator().manual_seed(1))
+    prefix = model.new_cache(1, 6)
+    model.hidden(tokens[:1, :6], prefix)
+    cache = model.new_cache(5, 10, [0, 1, 0, 0, 2])
+    cache.begin_with(prefix)
+    model.hidden(tokens[:, 6:10], cache)
+    assert cache.keep_rows([1, 2, 4]) == [4, 1, 2]
+    assert cache.keep_rows([0, 1]) == [0, 1]
+    got = model.hidden(tokens[[4, 1], 10:], cache)
+    for place, (row, padding) in enumerate(((4, 2), (1, 1))):
+        whole = torch.cat([tokens[0, :6], tokens[row, 6 + padding :]])
+        torch.testing.assert_close(got[place], model.hidden(whole[None])[0, -2:], rtol=1e-4, atol=1e-5)
+    assert prefix.length == 6
