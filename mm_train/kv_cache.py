@@ -47,7 +47,7 @@ class KVCache:
         self.padding_B = torch.tensor(padding, device=device) if padding and any(padding) else None
 
     def begin_with(self, prefix: "KVCache") -> None:
-        """Let every row begin with what the one row of `prefix` holds, which then must not change; this one is empty."""
+        """Let every row begin with what the one row of `prefix` holds; that must not change then, and this be empty."""
         self._prefix, self.length, self.shared = prefix, prefix.length, prefix.length
 
     def filled(self, layer: int) -> tuple[Tensor, Tensor]:
