@@ -145,6 +145,8 @@ def test_finished_items_are_not_computed_again(mirror, release, tmp_path):
     second = results(tmp_path)
     assert second["tokens"] == 0
     assert second["tasks"] == first["tasks"]
+    assert set(experts(tmp_path)) == {"piqa", "siqa"}  # counts are kept with the answers
+    assert "<h2>Which benchmark uses which experts</h2><svg" in (tmp_path / "results.html").read_text()
     assert run.main([*options[:-1], "siqa,winogrande"]) == 3
     assert 0 < results(tmp_path)["tokens"] < first["tokens"]
     records = [json.loads(line) for line in (tmp_path / "items/siqa.jsonl").read_text().splitlines()]
@@ -273,6 +275,13 @@ def evaluated(options: list[str], ranks: int, die_after: int | None = None, who:
     return -9 if -9 in statuses.values() else statuses[pids[0]]
 
 
+def experts(out) -> dict:
+    """What was counted of experts: for how many requests and tokens. A rounding may tip which expert it was."""
+    tasks = json.loads((out / "experts.json").read_text())["tasks"]
+    assert all(task["requests"] == task["of"] for task in tasks.values())
+    return {name: (task["of"], task["read"]["tokens"], task["scored"]["tokens"]) for name, task in tasks.items()}
+
+
 def test_scores_do_not_depend_on_batches_ranks_or_kills(mirror, moe_release, tmp_path):
     """Budgets of 1k, 8k and 64k tokens, two ranks, and runs that were killed and went on elsewhere."""
     tasks = ["--tasks", "hellaswag,mmlu,winogrande,nq", "--limit", "20"]
@@ -298,4 +307,5 @@ def test_scores_do_not_depend_on_batches_ranks_or_kills(mirror, moe_release, tmp
         texts = [json.loads(line)["answer"] for line in (tmp_path / name / "items/nq.jsonl").read_text().splitlines()]
         lines = (tmp_path / "1000/items/nq.jsonl").read_text().splitlines()
         assert texts == [json.loads(line)["answer"] for line in lines]
+        assert experts(tmp_path / name) == experts(tmp_path / "1000")
     assert results(tmp_path / "two")["ranks"] == 2
