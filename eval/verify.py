@@ -119,6 +119,7 @@ def arguments(prog: str, description: str | None, tasks: str, items: int) -> arg
     parser.add_argument("--max-new", type=positive, help="fewer tokens to write than the benchmarks ask for")
     parser.add_argument("--batch-tokens", type=positive, help="most tokens in a batch of ours")
     parser.add_argument("--batch-size", type=positive, default=16, help="rows in a batch of theirs (default: 16)")
+    parser.add_argument("--row-a-choice", action="store_true", help="theirs without its cache for one-token choices")
     parser.add_argument("--data", type=Path, default=Path("data/eval"), help="mirror folder (default: data/eval)")
     return parser
 
@@ -143,7 +144,7 @@ def both(args: argparse.Namespace) -> tuple[Any, Any]:
         f"{args.model} ({format_of(spec)}): {facts['parameters']:,} parameters, {facts['dtype']} on {device}",
         flush=True,
     )
-    return LM(subject.engine), TheirPath(args.model, args.batch_size, device)
+    return LM(subject.engine), TheirPath(args.model, args.batch_size, device, not args.row_a_choice)
 
 
 @command
