@@ -62,6 +62,13 @@ SECTIONS = (
             Panel(
                 "Benchmarks", ("evaluation/*",), "Scores of checkpoints, taken while training went on.", from_zero=False
             ),
+            Panel(
+                "Bits per byte of right answers",
+                ("evaluation_bits/*",),
+                "Of the same benchmarks, where answers are chosen: falls long before scores leave chance.",
+                "bits per byte",
+                from_zero=False,
+            ),
         ),
     ),
     Section(

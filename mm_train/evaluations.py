@@ -146,11 +146,13 @@ class Evaluations:
         self.metrics.evaluation(step_of(self._folder) or step, **results, seconds=round(seconds, 1))
 
     def _results(self) -> dict[str, Any] | None:
-        """Scores by benchmark, their average and the limit; None when results.json is not what eval.run writes."""
+        """Scores and bits per byte of right answers by benchmark, the scores' average and the limit; None when
+        results.json is not what eval.run writes."""
         try:
             found = json.loads((self._out / "results.json").read_text(encoding="utf-8"))
             scores = {name: task["score"] for name, task in found["tasks"].items() if task["score"] is not None}
-            return {"scores": scores, "average": found["average"], "limit": found["limit"]}
+            bits = {name: task["bits_per_byte"] for name, task in found["tasks"].items() if task.get("bits_per_byte")}
+            return {"scores": scores, "average": found["average"], "bits_per_byte": bits, "limit": found["limit"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

@@ -39,7 +39,11 @@ NAMES: dict[str, dict[str, str]] = {  # kind of record -> key -> name
         "rollbacks": "faults/rollbacks",
     },
     "validation": {"loss": "validation/*/loss", "bits_per_byte": "validation/*/bits_per_byte"},
-    "evaluation": {"scores": "evaluation/*", "average": "evaluation/average"},
+    "evaluation": {
+        "scores": "evaluation/*",
+        "average": "evaluation/average",
+        "bits_per_byte": "evaluation_bits/*",
+    },
     "checkpoint": {
         "seconds": "checkpoint/seconds",
         "stalled_seconds": "checkpoint/stalled_seconds",

@@ -119,7 +119,8 @@ class Metrics:
     def evaluation(self, step: int, **values: Any) -> None:
         """Record the benchmark scores of the checkpoint of `step`, which come when training is further on.
 
-        `scores` by benchmark, their `average`, the `limit` of items and the `seconds` it took.
+        `scores` by benchmark, their `average`, `bits_per_byte` of right answers by benchmark, the `limit` of items and
+        the `seconds` it took.
         """
         record = {"kind": "evaluation", "step": step, **values}
         if self._record(record):

@@ -59,8 +59,10 @@ def test_eval_run_scores_the_checkpoints_of_a_run(small_config, mirror):  # noqa
     results = json.loads((run / "eval/step-00000008/results.json").read_text())
     assert record["step"] == 8
     assert record["scores"] == {name: results["tasks"][name]["score"] for name in ("piqa", "boolq")}
+    assert record["bits_per_byte"] == {name: results["tasks"][name]["bits_per_byte"] for name in ("piqa", "boolq")}
     assert (record["average"], record["limit"]) == (results["average"], 2)
     assert read_stage(run).named["evaluation/piqa"] == ([8 * 512], [record["scores"]["piqa"]])
+    assert read_stage(run).named["evaluation_bits/piqa"] == ([8 * 512], [record["bits_per_byte"]["piqa"]])
     assert "evaluation (2 items each)  average" in (run / "train.log").read_text()
     assert held(run) == []
 

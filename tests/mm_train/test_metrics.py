@@ -230,7 +230,7 @@ def a_run_of_everything(metrics: Metrics) -> None:
         rollbacks=0,
     )
     metrics.validation(10, "code", loss=2.0, bits_per_byte=1.5)
-    metrics.evaluation(10, scores={"piqa": 0.5}, average=0.5, limit=100, seconds=9.0)
+    metrics.evaluation(10, scores={"piqa": 0.5}, average=0.5, bits_per_byte={"piqa": 2.0}, limit=100, seconds=9.0)
     metrics.checkpoint(10, seconds=2.0, stalled_seconds=0.1, bytes=1000)
     metrics.skipped(11, math.nan, math.nan, skipped_steps=1)
     metrics.rollback(12, to_step=10, reason="spike", rollbacks=1)

@@ -45,7 +45,7 @@ def stage(tmp_path) -> Stage:
         )
     metrics.checkpoint(3, seconds=1.0, stalled_seconds=0.1, bytes=10**6)
     metrics.validation(5, "code", loss=4.0, bits_per_byte=2.0)
-    metrics.evaluation(3, scores={"piqa": 0.5, "boolq": 0.6}, average=0.55, limit=None, seconds=1.0)
+    metrics.evaluation(3, scores={"piqa": 0.5, "boolq": 0.6}, average=0.55, bits_per_byte={"piqa": 2.0}, limit=None)
     metrics.skipped(4, float("nan"), 1.0, skipped_steps=1)
     metrics.run(stage="pretrain", global_batch_tokens=100, first_step=3, data_mixture={"code": 0.7, "docs": 0.3})
     metrics.close()
