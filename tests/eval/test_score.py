@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import lm_eval.tasks
+import nltk
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
+from nltk.tokenize.punkt import PunktTokenizer
 
+from eval import recipes
 from eval.mirror import Mirror, MissingDataError
 from eval.prepare_data import prepare
 from eval.score import score
 from eval.suite import load_suites
-from eval.tasks import CannotRunError, choose, load_tasks
+from eval.tasks import CannotRunError, _no_downloads, choose, load_tasks
 
 BENCHMARKS = {b.name: b for suite in load_suites().values() for b in suite.benchmarks}
 
@@ -163,3 +166,18 @@ def test_programs_are_run_and_judged(lm, tmp_path, monkeypatch):
         lm.kept.clear()
         found, _ = score(BENCHMARKS["humaneval"], mirror, lm, None)
         assert (found.score, found.metrics) == (expected, {"pass@1,create_test": expected})
+
+
+def test_nltks_model_of_sentences_comes_out_of_the_mirror(tmp_path):
+    folder = tmp_path / "source" / recipes.PUNKT
+    folder.mkdir(parents=True)
+    for name in recipes.PUNKT_FILES:
+        (folder / name).write_text({"abbrev_types.txt": "mr\n", "ortho_context.tab": "the\t14\n"}.get(name, ""))
+    prepared = prepare([str(tmp_path / "source")], tmp_path / "mirror")
+    text = "She met Mr. Smith. He left."
+    before = list(nltk.data.path)
+    with _no_downloads(prepared):
+        assert PunktTokenizer("english").tokenize(text) == ["She met Mr. Smith.", "He left."]
+        with pytest.raises(LookupError, match="nltk's punkt_tab is wanting"):
+            nltk.download("punkt_tab")
+    assert nltk.data.path == before
