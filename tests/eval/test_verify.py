@@ -26,6 +26,16 @@ def test_a_difference_is_found(mirror, lm, theirs, moe, capsys):
         moe.model.norm.weight.data.fill_(1.0)
 
 
+def test_more_text_than_the_context_holds_is_shortened_for_both(mirror, lm, theirs, monkeypatch):
+    """lm-eval refuses a benchmark that asks for as many tokens as the context has."""
+    monkeypatch.setattr(lm.engine, "context", 128)
+    monkeypatch.setattr(theirs.lm, "_max_length", 128)
+    found = compare(BENCHMARKS["gsm8k"], mirror, lm, theirs, items=1)
+    assert found.equal, found
+    assert found.note == "of 256 tokens to write 64, for want of context"
+    assert verify.line("gsm8k", found).endswith(found.note)
+
+
 def test_the_command(mirror, moe_release, capsys):
     options = ["--model", str(moe_release), "--data", str(mirror.folder), "--items", "2", "--tasks", "piqa,bbh"]
     assert verify.main(options) == 0
