@@ -12,7 +12,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { fon
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #dfe4ea } .left { text-align: left }
 tr.none td { color: #8390a0 } .bar { width: 10rem } .bar div { background: #e8ecf1; position: relative; height: .8rem }
 .bar i { background: #3b6fb6; height: 100%; display: block } .bar b { position: absolute; top: -.15rem; width: 2px;
-height: 1.1rem; background: #c2571a } p { color: #4a5766; margin: .4rem 0 }"""
+height: 1.1rem; background: #c2571a } p { color: #4a5766; margin: .4rem 0 }
+svg { max-width: 100%; height: auto } h2 { margin: 2rem 0 .4rem }"""
 
 
 def columns(published: Published) -> list[str]:
