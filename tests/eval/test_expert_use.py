@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -65,3 +66,8 @@ def test_any_number_of_layers_is_drawn(layers):
     counts = np.ones((2, layers, 8), dtype=np.int64)
     drawn = expert_use.figure(found(a=Used(1, counts), b=Used(1, counts))).decode()
     assert f"layer {layers - 1}" in drawn
+
+
+def test_figures_are_drawn_without_torch():
+    code = "import sys, eval.expert_use; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
