@@ -47,18 +47,21 @@ class Job:
         start before may still hold the old one."""
         return FIRST_PORT + 2 * ((int(self.id) + 997 * self.restarts) % PORTS)
 
-    def address(self) -> str:
-        """Where rank 0 is to be reached from the other nodes. Raises UserError when SLURM's address for it is none."""
-        node = self.nodes[0]
-        found = re.search(r"\bNodeAddr=(\S+)", scontrol("show", "node", node))
-        address = found[1] if found else node
-        try:
-            return str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
-        except OSError as error:
-            raise UserError(
-                f"node {node} has the address {address!r} in SLURM (NodeAddr), which does not resolve here"
-                f" ({error.strerror}): the ranks could not meet"
-            ) from None
+    def addresses(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Where nodes are to be reached from others. Raises UserError when what SLURM says of one is no address."""
+        lines = scontrol("--oneliner", "show", "node", ",".join(nodes)).splitlines()
+        known = dict(re.findall(r"\bNodeName=(\S+).*?\bNodeAddr=(\S+)", "\n".join(lines)))
+        found = {}
+        for node in nodes:
+            address = known.get(node, node)
+            try:
+                found[node] = str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
+            except OSError as error:
+                raise UserError(
+                    f"node {node} has the address {address!r} in SLURM (NodeAddr), which does not resolve here"
+                    f" ({error.strerror}): the ranks could not meet"
+                ) from None
+        return found
 
     def facts(self) -> dict[str, str]:
         """What SLURM says of the job: JobState, EndTime, Restarts, ..."""

@@ -1,8 +1,8 @@
-"""A real SLURM on this machine, for tests: munge, slurmctld and two slurmd on loopback, all in one folder.
+"""A real SLURM on this machine, for tests: munge, slurmctld and three slurmd on loopback, all in one folder.
 
     python -m tests.launch.cluster FOLDER      keep one up until Ctrl-C, to try things by hand
 
-Nothing outside the folder is touched and nothing has to run beforehand. Both nodes are this host, with as many CPUs as
+Nothing outside the folder is touched and nothing has to run beforehand. All nodes are this host, with as many CPUs as
 the configuration claims. Times are short (a lost node is missed after 10 s, a requeued job may start after 5 s), so
 that what takes minutes on a real cluster shows within a test. There is no accounting database, hence no sacct.
 """
@@ -103,7 +103,7 @@ class Cluster:
         folder: new or empty; the socket in it must have a path of less than 100 characters.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2) -> None:
+    def __init__(self, folder: Path, nodes: int = 3) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "MM_"))}
