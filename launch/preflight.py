@@ -12,6 +12,7 @@ first.
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -29,8 +30,9 @@ NEIGHBOURS = 2  # nodes that each one tries, those after it in a ring
 PIECE = 2**20  # bytes sent there and back
 SMI = {  # field of nvidia-smi -> what value makes a GPU unfit
     "ecc.errors.uncorrected.volatile.total": lambda value: value.isdecimal() and int(value) > 0,
-    "clocks_throttle_reasons.hw_slowdown": lambda value: value == "Active",
-    "clocks_throttle_reasons.hw_thermal_slowdown": lambda value: value == "Active",
+    "clocks_event_reasons.hw_slowdown": lambda value: value == "Active",
+    "clocks_throttle_reasons.hw_slowdown": lambda value: value == "Active",  # its name until driver 535
+    "reset_status.reset_required": lambda value: value == "Yes",
 }
 FACTS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "temperature.gpu")  # for the record
 ROWS = "gpu_bus_id,remapped_rows.failure,remapped_rows.pending"
@@ -126,28 +128,36 @@ def scratch(folder: str) -> dict[str, float]:
 
 
 def gpus(wanted: int) -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU. Fields that a driver does not know are left out."""
-    fields = [*FACTS, *SMI]
-    found = smi(fields)
+    """What nvidia-smi says of each GPU. Raises Unfit."""
+    found = smi([*FACTS, *SMI])
     if len(found) < wanted:
         raise Unfit(f"{len(found)} GPUs instead of {wanted}")
     for index, gpu in enumerate(found):
         for field, unfit in SMI.items():
-            if unfit(gpu[field]):
+            if unfit(gpu.get(field, "")):
                 raise Unfit(f"GPU {index} ({gpu['name']}): {field} is {gpu[field]}")
     try:
         rows = ask_smi(f"--query-remapped-rows={ROWS}")
     except Unfit:  # GPUs without row remapping
         rows = []
     for index, line in enumerate(rows):
-        if "Yes" in line.split(", ")[1:]:
+        if {"Yes", "1"} & set(line.split(", ")[1:]):
             raise Unfit(f"GPU {index}: rows of its memory failed, or wait for a reset to be remapped ({line})")
     return found
 
 
 def smi(fields: list[str]) -> list[dict[str, str]]:
-    lines = ask_smi(f"--query-gpu={','.join(fields)}")
-    return [dict(zip(fields, line.split(", "), strict=True)) for line in lines]
+    """The fields of each GPU, without those that this driver does not know."""
+    while True:
+        try:
+            lines = ask_smi(f"--query-gpu={','.join(fields)}")
+        except Unfit as error:
+            unknown = re.search(r'Field "(\S+)" is not a valid field', str(error))
+            if not unknown or unknown[1] not in fields:
+                raise
+            fields = [field for field in fields if field != unknown[1]]
+        else:
+            return [dict(zip(fields, line.split(", "), strict=True)) for line in lines]
 
 
 def ask_smi(query: str) -> list[str]:

@@ -42,6 +42,16 @@ class Job:
         return f"{self.id}-{self.restarts}"
 
     @property
+    def log(self) -> str:
+        """Name of the batch script's log in RUN/slurm."""
+        return f"{self.id}.log"
+
+    @property
+    def config(self) -> str:
+        """Name in RUN/slurm of the configuration with which the job trains in all its starts."""
+        return f"config-{self.id}.yaml"
+
+    @property
     def port(self) -> int:
         """Where the ranks meet; the next one is free for tests before. Another one after a restart: what is left of the
         start before may still hold the old one."""
@@ -93,6 +103,11 @@ class Job:
         before = self.facts().get("ExcNodeList", "(null)")
         names = [*([] if before == "(null)" else [before]), *nodes]
         scontrol("update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}")
+
+    def asked_for(self) -> set[str]:
+        """Nodes that the job was submitted for by name."""
+        names = self.facts().get("ReqNodeList", "(null)")
+        return set() if names == "(null)" else set(scontrol("show", "hostnames", names).split())
 
     def others(self) -> list[str]:
         """Nodes of the partition that are not down or drained, apart from those of this job."""

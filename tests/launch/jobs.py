@@ -42,7 +42,7 @@ class Job:
             assert self.state in ("PENDING", "RUNNING", "COMPLETING"), self.told()
             if len(self.starts) <= start or not (self.run / "metrics.jsonl").exists():
                 return None
-            assert len(self.starts) == start + 1, self.told()
+            assert len(self.starts) == start + 1, self.told()  # it has not failed meanwhile
             done, counts = list[int](), False
             for line in (self.run / "metrics.jsonl").read_text().splitlines(keepends=True):
                 record = json.loads(line) if line.endswith("\n") else {}

@@ -73,7 +73,8 @@ def test_a_run_folder_that_is_not_there_is_one_line(tmp_path):
     assert "no answer" in judge(tmp_path / "elsewhere", ["a"]).bad["a"]
 
 
-GPU = "NVIDIA H100, 570.1, {clock}, 1980, 45, {ecc}, {slow}, Not Active"
+GPU = "NVIDIA H100, 570.1, {clock}, 1980, 45, {ecc}, {slow}, No"
+UNKNOWN = "clocks_throttle_reasons.hw_slowdown"  # to this driver
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ GPU = "NVIDIA H100, 570.1, {clock}, 1980, 45, {ecc}, {slow}, Not Active"
         ([("1980", "[N/A]", "[N/A]")] * 2, "0000, [N/A], [N/A]", None),
         ([("1980", "0", "Not Active")], "0000, No, No", "gpus: 1 GPUs instead of 2"),
         ([("1980", "0", "Not Active"), ("1980", "3", "Not Active")], "0, No, No", "GPU 1 (NVIDIA H100): ecc.errors"),
-        ([("1980", "0", "Not Active"), ("345", "0", "Active")], "0, No, No", "clocks_throttle_reasons.hw_slowdown"),
-        ([("1980", "0", "Not Active")] * 2, "0, No, Yes", "GPU 0: rows of its memory"),
+        ([("1980", "0", "Not Active"), ("345", "0", "Active")], "0, No, No", "clocks_event_reasons.hw_slowdown"),
+        ([("1980", "0", "Not Active")] * 2, "0, 0, 1", "GPU 0: rows of its memory"),
     ],
 )
 def test_gpus_are_judged_by_what_nvidia_smi_says(tmp_path, gpus, rows, why):
@@ -92,7 +93,11 @@ def test_gpus_are_judged_by_what_nvidia_smi_says(tmp_path, gpus, rows, why):
     script = tmp_path / "bin/nvidia-smi"
     script.parent.mkdir()
     answer = "\n".join(f"echo '{line}'" for line in lines)
-    script.write_text(f"#!/bin/bash\nif [[ $1 == *remapped* ]]; then echo '{rows}'; exit; fi\n{answer}\n")
+    remapped = f"if [[ $1 == *remapped* ]]; then echo '{rows}'; exit; fi"
+    refused = (
+        f"""if [[ $1 == *{UNKNOWN}* ]]; then echo 'Field "{UNKNOWN}" is not a valid field to query.'; exit 2; fi"""
+    )
+    script.write_text(f"#!/bin/bash\n{remapped}\n{refused}\n{answer}\n")
     script.chmod(0o755)
     write_plan(tmp_path, here("a"), tmp_path, **LIMITS | {"gpus": 2})
     status = finish(start(tmp_path, "single", ["a"], path=str(script.parent)))

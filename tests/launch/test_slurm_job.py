@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.restart import FAILED
+from mm_train import config
 from tests.launch.jobs import Job
 
 TRAINING = """
@@ -34,7 +35,7 @@ if mode == "crash":
     sys.exit(3)
 if mode == "bad":
     sys.exit(2)
-if mode == "until requeued" and os.environ.get("SLURM_RESTART_COUNT"):
+if mode.startswith("until requeued") and os.environ.get("SLURM_RESTART_COUNT"):
     (run / "DONE").touch()
     sys.exit(0)
 while not (run / "STOP").exists():
@@ -92,6 +93,24 @@ def test_crashes_bad_input_a_stop_by_hand_and_scancel(start, cluster):
     assert cluster.job(cancelled.id)["Restarts"] == "0"
 
 
+def test_a_run_folder_in_use_and_nodes_that_cannot_be_replaced(start, cluster, tmp_path):
+    first = start("first")
+    cluster.until((first.run / "up").exists, 60, "the start")
+    second = Job(
+        cluster, config.load([first.run.parent / "run.yaml"]), MODE="second", MM_PYTHON=str(tmp_path / "python")
+    )
+    assert second.wait() == "FAILED"
+    assert f"job {second.id} start 0: not started: another job or process trains in {first.run}" in first.summary
+    assert first.state == "RUNNING"
+    cluster.run("scancel", first.id)
+    unfit = {"MM_PREFLIGHT": "1", "MM_SCRATCH": f"{tmp_path}/nowhere/$SLURMD_NODENAME"}
+    named, everywhere = start("named", "--nodelist=node2", **unfit), start("everywhere", "--nodes=3", **unfit)
+    assert [named.wait(), everywhere.wait()] == ["FAILED", "FAILED"]
+    assert "the job was submitted for node2 (--nodelist), so it cannot go on elsewhere: the end" in named.summary
+    assert f"preflight: node3 is unfit: scratch: {tmp_path}/nowhere/node3 (MM_SCRATCH) cannot be" in everywhere.summary
+    assert "has 0 usable nodes without node1, node2, node3, and 3 are wanted: the end" in everywhere.summary
+
+
 def test_a_preempted_job_leaves_with_a_checkpoint_and_comes_back(start, cluster):
     job = start("until requeued")
     cluster.until((job.run / "up").exists, 60, "the start")
@@ -117,3 +136,17 @@ def test_a_job_that_has_been_lost_is_asked_to_leave_before_the_next_start(start,
     assert "start 0: not requeued: SLURM has the job as" in job.summary, "the lost batch script left it alone"
     assert (job.starts[0].nodes == [lost], job.starts[1].nodes == [lost]) == (True, False)
     assert job.starts[1].step == 1, "what it did until then was kept"
+
+
+@pytest.mark.slow
+def test_both_ways_of_learning_that_time_runs_out(start, cluster):
+    """SLURM's signal, and the job's own clock where SLURM has been told to send another signal."""
+    told = start("until requeued", "--time=1", "--signal=B:USR1@30", MM_SIGNAL_SECONDS="5")
+    clock = start("until requeued by the clock", "--time=1", "--signal=B:URG@1", MM_SIGNAL_SECONDS="30")
+    short = start("short", "--time=1", MM_SIGNAL_SECONDS="60")
+    assert short.wait() == "FAILED"
+    assert "not started: fewer than 60 s are left" in short.summary
+    for job, words in ((told, "SLURM announced the end"), (clock, "30 s are left of the job's time")):
+        assert job.wait() == "COMPLETED", job.told()
+        assert [(s.ended, s.status, s.step_after) for s in job.starts] == [("time", 75, 1), ("done", 0, 1)], job.told()
+        assert words in job.summary
