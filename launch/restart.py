@@ -100,6 +100,9 @@ def refusal(starts: Sequence[Start], step: int, limits: Limits) -> str | None:
     failed = [start for start in starts if start.ended in (FAILED, None)]
     if len(failed) > limits.restarts:
         return f"{len(failed)} starts have failed (MM_MAX_RESTARTS={limits.restarts})"
+    last = starts[-limits.no_progress :]
+    if len(last) == limits.no_progress and all(start.ended == BAD_NODES for start in last):
+        return f"the last {len(last)} starts found unfit nodes (MM_MAX_NO_PROGRESS={limits.no_progress})"
     tried = [start for start in starts if start.ended != BAD_NODES]
     last = tried[-limits.no_progress :]
     if len(last) == limits.no_progress and all(start.step == step for start in last):

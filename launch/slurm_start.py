@@ -23,6 +23,7 @@ from mm_train.watchdog import HUNG
 
 LAST_LINES = 15  # of a rank that failed, in the summary
 LOST_SECONDS = 300.0  # for a process on a node that SLURM has lost to write its checkpoint and leave
+LAST_SECONDS = 15.0  # before the end of the job's time, for the requeue: after it SLURM would not hear of one
 KILL_SECONDS = 10.0  # between two attempts to end a step
 REQUEUED_SECONDS = 60.0  # within which SLURM ends a job that it has requeued
 TORCHRUN = 'trap "" USR1; exec "$0" --node-rank "$SLURM_NODEID" "$@"'  # its agent would die of a signal for the ranks
@@ -39,8 +40,10 @@ class JobStart:
         self.warned: str | None = None
         self.cancelled = False
         self.bad_nodes: dict[str, str] = {}  # and why
+        self.addresses: dict[str, str] = {}
         ends_at = job.ends_at()
         self.warn_at = ends_at - site.warn_seconds if ends_at else None
+        self.last_moment: float | None = None  # in which a job that was warned can still be requeued
 
     def run(self) -> int:
         """Exit status of the batch script."""
@@ -65,6 +68,11 @@ class JobStart:
                 self.say(f"not started: {why_not}")
                 return 1
             nodes = list(self.job.nodes)
+            try:
+                self.addresses = self.job.addresses(nodes)
+            except UserError as error:
+                self.say(f"not started: {error}")
+                return error.status
             self.history.begin(self.job.restarts, step, nodes, self.world)
             self.say(f"{self.world} processes on {', '.join(nodes)} go on after step {step}")
             status = self.preflight(wakeup) if self.site.preflight else None
@@ -107,7 +115,7 @@ class JobStart:
         folder, notes = self.folder / "preflight" / self.job.start, list[str]()
         limits = {"seconds": site.preflight_seconds, "disk_gib": site.disk_gib, "gpus": site.gpus}
         more = {"port": self.job.port + 1, "scratch": site.scratch}
-        preflight_report.write_plan(folder, self.job.addresses(nodes), self.run_dir, **limits, **more)
+        preflight_report.write_plan(folder, self.addresses, self.run_dir, **limits, **more)
         for part in preflight_report.PARTS:
             check = [*site.srun(len(nodes), 1, "--wait=0"), site.python, "-m", "launch.preflight", str(folder), part]
             self.attend(subprocess.Popen(check), wakeup, time.monotonic() + site.preflight_seconds)
@@ -132,6 +140,9 @@ class JobStart:
         self.history.end(self.job.restarts, restart.BAD_NODES, 1, step, bad)
         left = wanted - len(bad) + len(self.job.others())
         without = f"without {', '.join(bad)}"
+        if len(bad) == wanted > 1:
+            self.say("every node is unfit, which is a setting of the site more likely than the nodes: the end")
+            return 1
         if asked := sorted(set(bad) & self.job.asked_for()):
             self.say(
                 f"the job was submitted for {', '.join(asked)} (--nodelist), so it cannot go on elsewhere: the end"
@@ -149,7 +160,7 @@ class JobStart:
 
     def train(self, wakeup: Wakeup) -> int:
         """Status of training: of the rank that failed first, STOPPED, or 0."""
-        address, port = self.job.addresses(self.job.nodes[:1])[self.job.nodes[0]], self.job.port
+        address, port = self.addresses[self.job.nodes[0]], self.job.port
         meet = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ) | meet
         python = self.site.python
@@ -171,8 +182,13 @@ class JobStart:
         ended by it, and by a warning."""
         while step.poll() is None:
             waits = [self.warn_at - time.time()] if self.warn_at and not self.warned else []
+            waits += [self.last_moment - time.time()] if self.last_moment else []
             waits += [deadline - time.monotonic()] if deadline else []
             self.listen(wakeup, max(0.0, min(waits)) if waits else None, step)
+            if self.last_moment and time.time() >= self.last_moment and not self.cancelled:
+                self.say("training has not stopped, and SLURM is about to end the job for good: it is ended now")
+                step.kill()
+                step.wait()
             if deadline and (self.warned or time.monotonic() >= deadline):
                 step.terminate()  # srun ends its processes
                 deadline = time.monotonic() + KILL_SECONDS
@@ -199,6 +215,8 @@ class JobStart:
             return
         self.warned = why
         self.say(f"{why}: training is asked to stop")
+        ends_at = self.job.ends_at()
+        self.last_moment = ends_at - min(LAST_SECONDS, self.site.warn_seconds / 2) if ends_at else None
         self.stop_file.write_text(f"{self.mark}\n")
         if step:
             step.send_signal(signal.SIGUSR1)

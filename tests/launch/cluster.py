@@ -59,6 +59,8 @@ SlurmctldTimeout=15
 KillWait=3
 InactiveLimit=0
 MinJobAge=3600
+# jobs choose their ports by their ids: those of two clusters at a time must differ
+FirstJobId={port}00
 ReturnToService=2
 JobRequeue=1
 OverTimeLimit=0

@@ -66,9 +66,10 @@ def test_a_start_of_which_nobody_could_tell_the_end_counts_as_failed():
 
 
 def test_bad_nodes_are_not_the_fault_of_the_run():
-    found = starts(4, 4, 4, 4, 4, 4, ended=BAD_NODES)
-    found[-1].ended = BAD_NODES
+    found = starts(4, 4, 4, ended=BAD_NODES)
     assert refusal(found, 4, LIMITS) is None
+    found[-1].ended = BAD_NODES
+    assert refusal(found, 4, LIMITS) == "the last 3 starts found unfit nodes (MM_MAX_NO_PROGRESS=3)"
 
 
 def test_the_newest_step_is_that_of_a_complete_checkpoint(tmp_path):

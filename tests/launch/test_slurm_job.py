@@ -29,7 +29,7 @@ def leave(*_):
     (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
     (run / "STOP").unlink(missing_ok=True)
     os._exit(75)
-for number in (signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGUSR1) if "deaf" not in mode else ():
     signal.signal(number, leave)
 if mode == "crash":
     sys.exit(3)
@@ -38,7 +38,7 @@ if mode == "bad":
 if mode.startswith("until requeued") and os.environ.get("SLURM_RESTART_COUNT"):
     (run / "DONE").touch()
     sys.exit(0)
-while not (run / "STOP").exists():
+while not (run / "STOP").exists() or "deaf" in mode:
     (run / "up").touch()
     time.sleep(0.05)
 leave()
@@ -93,7 +93,8 @@ def test_crashes_bad_input_a_stop_by_hand_and_scancel(start, cluster):
     assert cluster.job(cancelled.id)["Restarts"] == "0"
 
 
-def test_a_run_folder_in_use_and_nodes_that_cannot_be_replaced(start, cluster, tmp_path):
+def test_a_run_folder_in_use_and_nodes_that_cannot_be_replaced(start, cluster, small_config, tmp_path):
+    small_config.train.global_batch_tokens = 768  # for three processes
     first = start("first")
     cluster.until((first.run / "up").exists, 60, "the start")
     second = Job(
@@ -108,7 +109,11 @@ def test_a_run_folder_in_use_and_nodes_that_cannot_be_replaced(start, cluster, t
     assert [named.wait(), everywhere.wait()] == ["FAILED", "FAILED"]
     assert "the job was submitted for node2 (--nodelist), so it cannot go on elsewhere: the end" in named.summary
     assert f"preflight: node3 is unfit: scratch: {tmp_path}/nowhere/node3 (MM_SCRATCH) cannot be" in everywhere.summary
-    assert "has 0 usable nodes without node1, node2, node3, and 3 are wanted: the end" in everywhere.summary
+    assert "every node is unfit, which is a setting of the site more likely than the nodes" in everywhere.summary
+    (tmp_path / "nowhere/node1").mkdir(parents=True)
+    too_few = start("too few", "--nodes=3", **unfit)
+    assert too_few.wait() == "FAILED"
+    assert "has 1 usable nodes without node2, node3, and 3 are wanted: the end" in too_few.summary
 
 
 def test_a_preempted_job_leaves_with_a_checkpoint_and_comes_back(start, cluster):
@@ -120,6 +125,7 @@ def test_a_preempted_job_leaves_with_a_checkpoint_and_comes_back(start, cluster)
     assert [(s.ended, s.status, s.step_after) for s in job.starts] == [("time", 75, 1), ("done", 0, 1)], job.told()
 
 
+@pytest.mark.slow
 def test_a_job_that_has_been_lost_is_asked_to_leave_before_the_next_start(start, cluster):
     """The node of the batch script stops answering and lives on: SLURM requeues, and two would train in one folder."""
     job = start("until requeued")
@@ -140,9 +146,10 @@ def test_a_job_that_has_been_lost_is_asked_to_leave_before_the_next_start(start,
 
 @pytest.mark.slow
 def test_both_ways_of_learning_that_time_runs_out(start, cluster):
-    """SLURM's signal, and the job's own clock where SLURM has been told to send another signal."""
-    told = start("until requeued", "--time=1", "--signal=B:USR1@30", MM_SIGNAL_SECONDS="5")
+    """SLURM's signal, which may come half a minute late, and the job's own clock where SLURM sends another signal."""
+    told = start("until requeued", "--time=2", "--signal=B:USR1@90", MM_SIGNAL_SECONDS="20")
     clock = start("until requeued by the clock", "--time=1", "--signal=B:URG@1", MM_SIGNAL_SECONDS="30")
+    deaf = start("until requeued deaf", "--time=1", "--signal=B:USR1@50", MM_SIGNAL_SECONDS="50")
     short = start("short", "--time=1", MM_SIGNAL_SECONDS="60")
     assert short.wait() == "FAILED"
     assert "not started: fewer than 60 s are left" in short.summary
@@ -150,3 +157,6 @@ def test_both_ways_of_learning_that_time_runs_out(start, cluster):
         assert job.wait() == "COMPLETED", job.told()
         assert [(s.ended, s.status, s.step_after) for s in job.starts] == [("time", 75, 1), ("done", 0, 1)], job.told()
         assert words in job.summary
+    assert deaf.wait() == "COMPLETED", deaf.told()
+    assert "training has not stopped, and SLURM is about to end the job for good" in deaf.summary
+    assert [(s.ended, s.step_after) for s in deaf.starts] == [("time", 0), ("done", 0)], deaf.told()
