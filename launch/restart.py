@@ -24,6 +24,7 @@ from mm_train.stopping import STOPPED
 from mm_train.watchdog import HUNG
 
 FAILED = "failed"  # Start.ended of a start that counts against the cap; None (nobody could say it) counts too
+CANCELLED = "cancelled"
 BAD_NODES = "bad nodes"  # that training never began: such a start says nothing of the run
 NAMES = {STOPPED: "stopped with a checkpoint", HUNG: "hung", UserError.status: "bad input", LostContact.status: "lost"}
 
@@ -79,7 +80,7 @@ def decide(ending: Ending, starts: Sequence[Start], step: int, limits: Limits) -
     if ending.done:
         return Decision(False, "done", "done", 0)
     if ending.cancelled:
-        return Decision(False, "cancelled", "ended by SLURM (scancel, or its time is over): not requeued", 128 + 15)
+        return Decision(False, CANCELLED, "ended by SLURM (scancel, or its time is over): not requeued", 128 + 15)
     if status == UserError.status and not ending.warned:
         return Decision(False, "bad input", "the same command would fail again: not requeued", status)
     if status == STOPPED and not ending.warned:

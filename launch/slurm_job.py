@@ -6,6 +6,7 @@ Only the standard library and SLURM's own commands.
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,14 @@ class Job:
         except UserError as error:
             return str(error)
         return None
+
+    def comment(self, text: str) -> None:
+        """Leave a note in SLURM, where there is none; it stays when the job is requeued."""
+        try:
+            if self.facts().get("Comment", "(null)") == "(null)":
+                scontrol("update", f"JobId={self.id}", f"Comment={text}")
+        except UserError as error:
+            print(f"the job's comment could not be set: {error}", file=sys.stderr, flush=True)
 
     def exclude(self, nodes: Sequence[str]) -> None:
         """Keep the job, which has just been requeued, off these nodes as well. Raises UserError."""

@@ -3,7 +3,8 @@
     python -m launch.slurm_run STAGE FILE.yaml ... key=value ...
 
 Resolves the configuration, copies the code to RUN/slurm, and becomes the same program in the copy, which goes through
-one start of the job (launch/slurm_start.py). Edits in the meantime change neither of them when the job is requeued.
+one start of the job (launch/slurm_start.py). The job's comment in SLURM says where the copy is: a job that is requeued
+begins there, and edits in the meantime change nothing.
 """
 
 import json
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def go_on_from_copy(job: Job, root: Path, stage: str, words: list[str]) -> None:
     """Resolve the configuration, copy the code, and become the same program in the copy. Raises UserError."""
     site = slurm_site.read(os.environ, root)
+    here = Path(__file__).resolve().parents[1]
+    if here.name == copy_of(job):  # started again: slurm_body.sh has found it
+        words = [str(here.parent / job.config)]
     if not any(word.endswith((".yaml", ".yml")) and "=" not in word for word in words):
         words = ["configs/model/s.yaml", f"configs/stage/{stage}.yaml", *words]
     world = len(job.nodes) * site.tasks
@@ -47,7 +51,8 @@ def go_on_from_copy(job: Job, root: Path, stage: str, words: list[str]) -> None:
         sys.exit(done.returncode)
     facts = done.stdout.strip().splitlines()[-1]
     slurm = Path(json.loads(facts)["run_dir"]) / "slurm"
-    code = snapshot.take(root, slurm / f"code-{job.id}")
+    code = snapshot.take(root, slurm / copy_of(job))
+    job.comment(str(code))
     print(f"job {job.id}: what follows is in {slurm / job.log}", flush=True)
     log = os.open(slurm / job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for descriptor in (1, 2):
@@ -55,6 +60,11 @@ def go_on_from_copy(job: Job, root: Path, stage: str, words: list[str]) -> None:
     paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
     new = {COPY: facts, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     os.execve(sys.executable, [sys.executable, "-m", "launch.slurm_run", stage], os.environ | new)
+
+
+def copy_of(job: Job) -> str:
+    """Name in RUN/slurm of the code that the job runs in all its starts."""
+    return f"code-{job.id}"
 
 
 if __name__ == "__main__":

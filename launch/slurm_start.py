@@ -26,7 +26,7 @@ LOST_SECONDS = 300.0  # for a process on a node that SLURM has lost to write its
 LAST_SECONDS = 15.0  # before the end of the job's time, for the requeue: after it SLURM would not hear of one
 KILL_SECONDS = 10.0  # between two attempts to end a step
 REQUEUED_SECONDS = 60.0  # within which SLURM ends a job that it has requeued
-TORCHRUN = 'trap "" USR1; exec "$0" --node-rank "$SLURM_NODEID" "$@"'  # its agent would die of a signal for the ranks
+TORCHRUN = 'trap "" USR1; exec "$0" -m torch.distributed.run --node-rank "$SLURM_NODEID" "$@"'  # its agent would die of a signal for the ranks
 
 
 class JobStart:
@@ -169,7 +169,7 @@ class JobStart:
         nodes = len(self.job.nodes)
         flags = ("--kill-on-bad-exit=1", "--wait=0")
         if self.site.launcher == "torchrun":
-            torchrun = ["bash", "-c", TORCHRUN, python, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
+            torchrun = ["bash", "-c", TORCHRUN, python, f"--nnodes={nodes}"]
             torchrun += [f"--nproc-per-node={self.site.tasks}", f"--master-addr={address}", f"--master-port={port}"]
             step = [*self.site.srun(nodes, 1, *flags), *torchrun, "--no-python", *rank]
         else:
@@ -200,7 +200,8 @@ class JobStart:
             if number == signal.SIGUSR1:
                 self.warn("SLURM announced the end of the job's time", step)
             elif number == signal.SIGTERM:
-                self.cancelled = True
+                self.cancelled = True  # written down at once: SLURM may not leave time for more
+                self.history.end(self.job.restarts, restart.CANCELLED, None, restart.newest_step(self.run_dir))
                 if step:
                     step.send_signal(signal.SIGTERM)
         if self.warn_at and not self.warned and time.time() >= self.warn_at:
@@ -244,7 +245,7 @@ class JobStart:
         if not failed:
             if code or not ends:
                 self.say(f"srun ended with status {code}, and no process said why; see {self.folder / self.job.log}")
-                return (code if code > 0 else 128 - code) or LostContact.status
+                return code if code > 0 else 128 - code if code < 0 else LostContact.status
             return STOPPED if any(end["status"] == STOPPED for end in ends) else 0
         # A rank that lost the others is a consequence, and so is what comes later.
         first = min(failed, key=lambda end: (end["status"] == LostContact.status, end["time"]))

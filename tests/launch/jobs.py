@@ -21,7 +21,7 @@ class Job:
         config.save(cfg, file)
         script = ROOT / "launch" / f"slurm_{stage}.sh"
         words = [f"--chdir={ROOT}", f"--output={self.run.parent}/batch.log", *flags, script, file]
-        self.id = cluster.submit(*words, cwd=ROOT, MM_ROOT=str(ROOT), **{"MM_PREFLIGHT": "0"} | variables)
+        self.id = cluster.submit(*words, cwd=ROOT, **{"MM_ROOT": str(ROOT), "MM_PREFLIGHT": "0"} | variables)
 
     @property
     def starts(self) -> list[Start]:

@@ -3,14 +3,16 @@
 With training itself: test_slurm.py. Here it is who starts, warns, requeues and gives up.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from launch import snapshot
 from launch.restart import FAILED
 from mm_train import config
-from tests.launch.jobs import Job
+from tests.launch.jobs import ROOT, Job
 
 TRAINING = """
 import fcntl, os, signal, sys, time
@@ -116,9 +118,13 @@ def test_a_run_folder_in_use_and_nodes_that_cannot_be_replaced(start, cluster, s
     assert "has 1 usable nodes without node2, node3, and 3 are wanted: the end" in too_few.summary
 
 
-def test_a_preempted_job_leaves_with_a_checkpoint_and_comes_back(start, cluster):
-    job = start("until requeued")
+def test_a_preempted_job_leaves_with_a_checkpoint_and_comes_back(start, cluster, tmp_path):
+    project = snapshot.take(ROOT, tmp_path / "project")
+    job = start("until requeued", MM_ROOT=str(project))
     cluster.until((job.run / "up").exists, 60, "the start")
+    for package in ("launch", "mm_train"):  # what happens to the project's folder does not reach the job
+        shutil.rmtree(project / package)
+    shutil.copytree(ROOT / "launch", project / "launch", ignore=shutil.ignore_patterns("*.py"))
     urgent = cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     assert job.wait() == "COMPLETED", job.told()
     assert cluster.job(urgent)["JobState"] == "COMPLETED"
