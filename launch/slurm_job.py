@@ -91,7 +91,7 @@ class Job:
         A job that is being ended, or that SLURM has requeued by itself, is left alone: to requeue it would undo that.
         """
         facts = self.facts()
-        if facts.get("JobState") != "RUNNING" or int(facts.get("Restarts") or 0) != self.restarts:
+        if facts.get("JobState") not in ("RUNNING", "PREEMPTED") or int(facts.get("Restarts") or 0) != self.restarts:
             return f"SLURM has the job as {facts.get('JobState')}, restarts {facts.get('Restarts')}"
         try:
             scontrol("requeue", self.id)

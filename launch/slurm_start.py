@@ -5,6 +5,7 @@ is asked to stop when the job's time runs out; and then the end, or scontrol req
 RUN/slurm has it all: summary.log for people, restarts.jsonl, JOBID.log, ranks/.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -22,11 +23,13 @@ from mm_train.stopping import STOPPED
 from mm_train.watchdog import HUNG
 
 LAST_LINES = 15  # of a rank that failed, in the summary
+LAST_BYTES = 2**20  # of its log that are looked at
 LOST_SECONDS = 300.0  # for a process on a node that SLURM has lost to write its checkpoint and leave
 LAST_SECONDS = 15.0  # before the end of the job's time, for the requeue: after it SLURM would not hear of one
 KILL_SECONDS = 10.0  # between two attempts to end a step
 REQUEUED_SECONDS = 60.0  # within which SLURM ends a job that it has requeued
-TORCHRUN = 'trap "" USR1; exec "$0" -m torch.distributed.run --node-rank "$SLURM_NODEID" "$@"'  # its agent would die of a signal for the ranks
+# A step's process on each node: a signal for the ranks would end torchrun's agent.
+TORCHRUN = 'trap "" USR1; exec "$0" -m torch.distributed.run --node-rank "$SLURM_NODEID" "$@"'
 
 
 class JobStart:
@@ -218,7 +221,8 @@ class JobStart:
         self.say(f"{why}: training is asked to stop")
         ends_at = self.job.ends_at()
         self.last_moment = ends_at - min(LAST_SECONDS, self.site.warn_seconds / 2) if ends_at else None
-        self.stop_file.write_text(f"{self.mark}\n")
+        with contextlib.suppress(OSError):  # a full disk, say: the signal is left
+            self.stop_file.write_text(f"{self.mark}\n")
         if step:
             step.send_signal(signal.SIGUSR1)
 
@@ -232,11 +236,9 @@ class JobStart:
 
     def take_back_stop(self) -> None:
         """What an earlier start of this job asked for is over; a STOP of somebody else holds."""
-        try:
+        with contextlib.suppress(OSError):
             if self.stop_file.read_text().startswith(self.mark):
                 self.stop_file.unlink()
-        except OSError:
-            pass
 
     def judge(self, code: int) -> int:
         """The status of all ranks, from what they left and the status of srun; a failure goes into the summary."""
@@ -251,7 +253,7 @@ class JobStart:
         first = min(failed, key=lambda end: (end["status"] == LostContact.status, end["time"]))
         self.say(f"rank {first['rank']} on {first['node']} {restart.describe(first['status'])}; its last lines:")
         with log_file(self.folder, first["rank"]).open("rb") as log:
-            log.seek(first["log_offset"])
+            log.seek(max(first["log_offset"], os.fstat(log.fileno()).st_size - LAST_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         if first["status"] == HUNG:  # stacks follow what it says of the others
             lines = [self.with_nodes(line) for line in lines if "no progress for" in line]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.restart import Start, read_starts
 from mm_train import config
-from tests.launch.cluster import Cluster
+from tests.launch.cluster import OVER, Cluster
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 400.0  # for anything to happen, on a machine that is busy with other tests
@@ -39,7 +39,7 @@ class Job:
         """Until the start with this number (from 0) has done so many steps; the last one's number."""
 
         def there() -> int | None:
-            assert self.state in ("PENDING", "RUNNING", "COMPLETING"), self.told()
+            assert self.state not in OVER, self.told()
             if len(self.starts) <= start or not (self.run / "metrics.jsonl").exists():
                 return None
             assert len(self.starts) == start + 1, self.told()  # it has not failed meanwhile
