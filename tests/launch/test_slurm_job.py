@@ -3,6 +3,7 @@
 With training itself: test_slurm.py. Here it is who starts, warns, requeues and gives up.
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -53,7 +54,8 @@ def start(cluster, small_config, tmp_path):
     script, python = tmp_path / "training.py", tmp_path / "python"
     script.write_text(TRAINING)
     train = f'[ "$1 $2" != "-m mm_train.train" ] || exec {sys.executable} {script} "${{@:3}}"'
-    python.write_text(f'#!/bin/bash\n{train}\nexec {sys.executable} "$@"\n')
+    hang = '[ "$1 $2 $HANGS$SLURM_RESTART_COUNT" != "-m launch.preflight yes" ] || exec sleep 600'
+    python.write_text(f'#!/bin/bash\n{hang}\n{train}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
 
     def submit(mode: str, *flags: str, **variables: str) -> Job:
@@ -64,9 +66,10 @@ def start(cluster, small_config, tmp_path):
     return submit
 
 
-def test_crashes_bad_input_a_stop_by_hand_and_scancel(start, cluster):
-    crash = start("crash", "--nodes=2", MM_MAX_NO_PROGRESS="2")
+def test_crashes_bad_input_a_stop_by_hand_scancel_and_a_node_that_hangs(start, cluster):
+    crash = start("crash", "--nodes=2", "--ntasks-per-node=2", MM_MAX_NO_PROGRESS="2")
     bad = start("bad")
+    hangs = start("until requeued", MM_PREFLIGHT="1", MM_PREFLIGHT_SECONDS="10", HANGS="yes")
     stopped, cancelled = start("stopped"), start("cancelled")
     for job in (stopped, cancelled):
         cluster.until((job.run / "up").exists, 60, "the start")
@@ -86,9 +89,14 @@ def test_crashes_bad_input_a_stop_by_hand_and_scancel(start, cluster):
     assert crash.wait() == "FAILED"
     assert [(s.restart, s.ended, s.status) for s in crash.starts] == [(0, FAILED, 3), (1, FAILED, 3)], crash.told()
     assert "given up: the last 2 starts began at step 0 and left no newer checkpoint" in crash.summary
-    log = (crash.run / "slurm/ranks/rank-00001.log").read_text()
+    log = (crash.run / "slurm/ranks/rank-00003.log").read_text()
     assert log.count("=== job") == 2
-    assert "1 2\n" in log, "rank 1 of 2"
+    assert re.search(r"this is crash on node\d 3 4\n", log), "rank 3 of 4"
+
+    assert hangs.wait() == "COMPLETED", hangs.told()
+    bad = hangs.starts[0].bad_nodes
+    assert bad == hangs.starts[0].nodes != hangs.starts[1].nodes
+    assert f"preflight: {bad[0]} is unfit: no answer" in hangs.summary
 
     assert cancelled.wait() == "CANCELLED"  # long enough ago to have been requeued, had somebody asked for it
     assert [s.ended for s in cancelled.starts] == ["cancelled"], cancelled.told()
