@@ -26,7 +26,12 @@ from mm_train.watchdog import HUNG
 FAILED = "failed"  # Start.ended of a start that counts against the cap; None (nobody could say it) counts too
 CANCELLED = "cancelled"
 BAD_NODES = "bad nodes"  # that training never began: such a start says nothing of the run
-NAMES = {STOPPED: "stopped with a checkpoint", HUNG: "hung", UserError.status: "bad input", LostContact.status: "lost"}
+NAMES = {
+    STOPPED: "stopped with a checkpoint",
+    HUNG: "hung",
+    UserError.status: "bad input",
+    LostContact.status: "lost contact",
+}
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ class JobStart:
         ends = read_ends(self.folder, self.job.start)
         failed = [end for end in ends if end["status"] not in (0, STOPPED)]
         if not failed:
-            if code or not ends:
+            if (code or not ends) and not self.cancelled:
                 self.say(f"srun ended with status {code}, and no process said why; see {self.folder / self.job.log}")
                 return code if code > 0 else 128 - code if code < 0 else LostContact.status
             return STOPPED if any(end["status"] == STOPPED for end in ends) else 0

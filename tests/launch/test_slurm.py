@@ -62,6 +62,7 @@ def test_a_job_goes_on_after_a_bad_node_a_killed_rank_a_time_limit_and_a_hang(cl
 
     job.wait_for_steps(3, 10)
     os.kill(job.rank(0), signal.SIGSTOP)
+    reference = undisturbed(two_ranks, 2, tmp_path / "reference")  # nobody computes until the watchdog trips
 
     assert job.wait() == "COMPLETED", job.told()
     print(job.summary, f"{time.monotonic() - began:.0f} s")
@@ -80,7 +81,6 @@ def test_a_job_goes_on_after_a_bad_node_a_killed_rank_a_time_limit_and_a_hang(cl
     logs = [(job.run / f"slurm/ranks/rank-{rank:05d}.log").read_text().count("=== job") for rank in (0, 1)]
     assert logs == [4, 4]
 
-    reference = undisturbed(two_ranks, 2, tmp_path / "reference")
     assert_as_if_nothing_had_happened(job, reference)
 
 
