@@ -261,7 +261,8 @@ def all_reduce(node: Node) -> dict[str, Any]:
     plan, world = node.plan, len(node.plan["nodes"])
     timeout = datetime.timedelta(seconds=plan["seconds"] / 3)
     rank = plan["nodes"].index(node.name)
-    meet = f"tcp://{plan['addresses'][plan['nodes'][0]]}:{plan['port']}"
+    address = plan["addresses"][plan["nodes"][0]]
+    meet = f"tcp://{f'[{address}]' if ':' in address else address}:{plan['port']}"
     result: dict[str, Any] = {}
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timeout)
     groups = {"gloo": (dist.new_group(backend="gloo", timeout=timeout), "cpu")}

@@ -66,7 +66,8 @@ class Job:
         for node in nodes:
             address = known.get(node, node)
             try:
-                found[node] = str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
+                known_as = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+                found[node] = str(min(known_as, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
             except OSError as error:
                 raise UserError(
                     f"node {node} has the address {address!r} in SLURM (NodeAddr), which does not resolve here"
