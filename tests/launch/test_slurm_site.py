@@ -12,7 +12,7 @@ from launch import slurm_job, slurm_site
 from mm_train.cli import UserError
 
 ROOT = Path(__file__).parents[2]
-OURS = {"MM_SITE", "MM_ROOT", "MM_JOB_COPY"}  # set by our own programs, or where the site file is
+OURS = {"MM_SITE", "MM_ROOT", "MM_JOB_COPY", "MM_KERNELS"}  # not of a site: set by our own programs, or by the user
 
 
 def read(**values: str) -> slurm_site.Site:
