@@ -12,9 +12,9 @@ began has done nothing, whatever ended it.
 import contextlib
 import json
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,14 @@ from mm_train.stopping import STOPPED
 from mm_train.watchdog import HUNG
 
 FAILED = "failed"  # Start.ended of a start that counts against the cap; None (nobody could say it) counts too
+CANCELLED = "cancelled"
 BAD_NODES = "bad nodes"  # that training never began: such a start says nothing of the run
-NAMES = {STOPPED: "stopped with a checkpoint", HUNG: "hung", UserError.status: "bad input", LostContact.status: "lost"}
+NAMES = {
+    STOPPED: "stopped with a checkpoint",
+    HUNG: "hung",
+    UserError.status: "bad input",
+    LostContact.status: "lost contact",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Start:
 class Ending:
     """How a start ended."""
 
-    status: int  # of the rank that failed first; else 75 when they stopped on request, else 0
+    status: int | None  # of the rank that failed first; else 75 when they stopped on request, else 0; None: not begun
     done: bool = False  # RUN/DONE is there
     warned: str | None = None  # what announced the end of the job's time, in words
     cancelled: bool = False  # SIGTERM: scancel, the time limit itself, or a preemption that SLURM follows up by itself
@@ -79,7 +85,7 @@ def decide(ending: Ending, starts: Sequence[Start], step: int, limits: Limits) -
     if ending.done:
         return Decision(False, "done", "done", 0)
     if ending.cancelled:
-        return Decision(False, "cancelled", "ended by SLURM (scancel, or its time is over): not requeued", 128 + 15)
+        return Decision(False, CANCELLED, "ended by SLURM (scancel, or its time is over): not requeued", 128 + 15)
     if status == UserError.status and not ending.warned:
         return Decision(False, "bad input", "the same command would fail again: not requeued", status)
     if status == STOPPED and not ending.warned:
@@ -92,7 +98,7 @@ def decide(ending: Ending, starts: Sequence[Start], step: int, limits: Limits) -
     closed = [*starts[:-1], Start(**asdict(starts[-1]) | {"ended": ended})]
     if why_not := refusal(closed, step, limits):
         return Decision(False, ended, f"{why}; given up: {why_not}", status or 1)
-    return Decision(True, ended, f"{why}; requeued, to go on after step {step}", status or 1)
+    return Decision(True, ended, f"{why}; once more, to go on after step {step}", status or 1)
 
 
 def refusal(starts: Sequence[Start], step: int, limits: Limits) -> str | None:
@@ -100,6 +106,9 @@ def refusal(starts: Sequence[Start], step: int, limits: Limits) -> str | None:
     failed = [start for start in starts if start.ended in (FAILED, None)]
     if len(failed) > limits.restarts:
         return f"{len(failed)} starts have failed (MM_MAX_RESTARTS={limits.restarts})"
+    last = starts[-limits.no_progress :]
+    if len(last) == limits.no_progress and all(start.ended == BAD_NODES for start in last):
+        return f"the last {len(last)} starts found unfit nodes (MM_MAX_NO_PROGRESS={limits.no_progress})"
     tried = [start for start in starts if start.ended != BAD_NODES]
     last = tried[-limits.no_progress :]
     if len(last) == limits.no_progress and all(start.step == step for start in last):
@@ -110,8 +119,10 @@ def refusal(starts: Sequence[Start], step: int, limits: Limits) -> str | None:
     return None
 
 
-def describe(status: int) -> str:
+def describe(status: int | None) -> str:
     """An exit status in words."""
+    if status is None:
+        return "had not begun"
     if status == 0:
         return "ended without its mark DONE"
     if status in NAMES:
@@ -130,26 +141,26 @@ class History:
 
     def __init__(self, run_dir: Path, job: str) -> None:
         self.file, self.job = run_dir / "slurm" / "restarts.jsonl", job
-        self._all = list(read_starts(self.file))
 
     @property
     def starts(self) -> list[Start]:
         """Those of this job: whoever submits a new one has seen what was wrong."""
-        return [start for start in self._all if start.job == self.job]
+        return [start for start in read_starts(self.file) if start.job == self.job]
 
     def begin(self, restart: int, step: int, nodes: list[str], world: int) -> None:
-        self._all.append(Start(self.job, restart, step, nodes, world, began=now()))
-        self._write()
+        self._write([*read_starts(self.file), Start(self.job, restart, step, nodes, world, began=now())])
 
-    def end(self, ended: str, status: int, step: int, bad_nodes: Sequence[str] = ()) -> None:
-        """Close the last start."""
-        last = self._all[-1]
-        last.ended, last.status, last.step_after, last.bad_nodes = ended, status, step, list(bad_nodes)
-        last.finished = now()
-        self._write()
+    def end(self, restart: int, ended: str, status: int | None, step: int, bad_nodes: Sequence[str] = ()) -> None:
+        """Close a start; on a node that SLURM has lost, an earlier one may end after a later one."""
+        starts = read_starts(self.file)
+        for start in starts:
+            if (start.job, start.restart) == (self.job, restart):
+                start.ended, start.status, start.step_after, start.finished = ended, status, step, now()
+                start.bad_nodes = list(bad_nodes)
+        self._write(starts)
 
-    def _write(self) -> None:
-        write_atomic(self.file, "".join(json.dumps(asdict(start)) + "\n" for start in self._all).encode())
+    def _write(self, starts: Sequence[Start]) -> None:
+        write_atomic(self.file, "".join(json.dumps(asdict(start)) + "\n" for start in starts).encode())
 
 
 def read_starts(file: Path) -> list[Start]:
@@ -164,4 +175,5 @@ def read_starts(file: Path) -> list[Start]:
 
 
 def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
+    """Local time, with the distance from UTC."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")

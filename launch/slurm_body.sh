@@ -6,6 +6,14 @@ trap '' USR1 # a warning must not kill what is not ready for it; slurm_run looks
 # shellcheck source=launch/slurm_site.sh
 . "${MM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/launch/slurm_site.sh"
 
+# Started again: on with the copy of the code that the first start made, whatever has become of this folder since.
+if ((${SLURM_RESTART_COUNT:-0})); then
+  copy=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* Comment=\(\S*\).*/\1/p')
+  if [[ $copy == */code-$SLURM_JOB_ID && -d $copy ]]; then
+    export PYTHONSAFEPATH=1 PYTHONPATH=$copy${PYTHONPATH:+:$PYTHONPATH}
+  fi
+fi
+
 # With a container the batch script itself runs outside of it.
 if [[ -n ${MM_CONTAINER_IMAGE:-} ]]; then
   python=${MM_HOST_PYTHON:-python3}

@@ -6,6 +6,7 @@ Only the standard library and SLURM's own commands.
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,23 +43,37 @@ class Job:
         return f"{self.id}-{self.restarts}"
 
     @property
+    def log(self) -> str:
+        """Name of the batch script's log in RUN/slurm."""
+        return f"{self.id}.log"
+
+    @property
+    def config(self) -> str:
+        """Name in RUN/slurm of the configuration with which the job trains in all its starts."""
+        return f"config-{self.id}.yaml"
+
+    @property
     def port(self) -> int:
         """Where the ranks meet; the next one is free for tests before. Another one after a restart: what is left of the
         start before may still hold the old one."""
         return FIRST_PORT + 2 * ((int(self.id) + 997 * self.restarts) % PORTS)
 
-    def address(self) -> str:
-        """Where rank 0 is to be reached from the other nodes. Raises UserError when SLURM's address for it is none."""
-        node = self.nodes[0]
-        found = re.search(r"\bNodeAddr=(\S+)", scontrol("show", "node", node))
-        address = found[1] if found else node
-        try:
-            return str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
-        except OSError as error:
-            raise UserError(
-                f"node {node} has the address {address!r} in SLURM (NodeAddr), which does not resolve here"
-                f" ({error.strerror}): the ranks could not meet"
-            ) from None
+    def addresses(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Where nodes are to be reached from others. Raises UserError when what SLURM says of one is no address."""
+        lines = scontrol("--oneliner", "show", "node", ",".join(nodes)).splitlines()
+        known = dict(re.findall(r"\bNodeName=(\S+).*?\bNodeAddr=(\S+)", "\n".join(lines)))
+        found = {}
+        for node in nodes:
+            address = known.get(node, node)
+            try:
+                known_as = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+                found[node] = str(min(known_as, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
+            except OSError as error:
+                raise UserError(
+                    f"node {node} has the address {address!r} in SLURM (NodeAddr), which does not resolve here"
+                    f" ({error.strerror}): the ranks could not meet"
+                ) from None
+        return found
 
     def facts(self) -> dict[str, str]:
         """What SLURM says of the job: JobState, EndTime, Restarts, ..."""
@@ -77,7 +92,7 @@ class Job:
         A job that is being ended, or that SLURM has requeued by itself, is left alone: to requeue it would undo that.
         """
         facts = self.facts()
-        if facts.get("JobState") != "RUNNING" or int(facts.get("Restarts") or 0) != self.restarts:
+        if facts.get("JobState") not in ("RUNNING", "PREEMPTED") or int(facts.get("Restarts") or 0) != self.restarts:
             return f"SLURM has the job as {facts.get('JobState')}, restarts {facts.get('Restarts')}"
         try:
             scontrol("requeue", self.id)
@@ -85,11 +100,24 @@ class Job:
             return str(error)
         return None
 
+    def comment(self, text: str) -> None:
+        """Leave a note in SLURM, where there is none; it stays when the job is requeued."""
+        try:
+            if self.facts().get("Comment", "(null)") == "(null)":
+                scontrol("update", f"JobId={self.id}", f"Comment={text}")
+        except UserError as error:
+            print(f"the job's comment could not be set: {error}", file=sys.stderr, flush=True)
+
     def exclude(self, nodes: Sequence[str]) -> None:
         """Keep the job, which has just been requeued, off these nodes as well. Raises UserError."""
         before = self.facts().get("ExcNodeList", "(null)")
         names = [*([] if before == "(null)" else [before]), *nodes]
         scontrol("update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}")
+
+    def asked_for(self) -> set[str]:
+        """Nodes that the job was submitted for by name."""
+        names = self.facts().get("ReqNodeList", "(null)")
+        return set() if names == "(null)" else set(scontrol("show", "hostnames", names).split())
 
     def others(self) -> list[str]:
         """Nodes of the partition that are not down or drained, apart from those of this job."""

@@ -30,9 +30,11 @@ OF_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE":
 def main(argv: list[str]) -> int:
     folder, start, command = Path(argv[0]), argv[1], argv[2:]
     environment = dict(os.environ)
-    if "RANK" not in environment:  # torchrun has said it already
+    if "TORCHELASTIC_RUN_ID" not in environment:  # torchrun has said it already
         environment |= {name: environment[of_slurm] for name, of_slurm in OF_SLURM.items()}
         environment["LOCAL_WORLD_SIZE"] = environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    if scratch := os.path.expandvars(environment.get("MM_SCRATCH", "")):
+        environment = {"TMPDIR": scratch, "TRITON_CACHE_DIR": f"{scratch}/triton"} | environment
     rank, node = int(environment["RANK"]), environment.get("SLURMD_NODENAME", "?")
     child: list[subprocess.Popen] = []
 

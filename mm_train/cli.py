@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 class LostContact(UserError):
-    """A rank ends because another one is gone, which has its own reason: not a mistake, and worth another try."""
+    """A rank ends because another one is gone or cannot be reached: not its mistake, and worth another try."""
 
     status = 69  # sysexits.h EX_UNAVAILABLE
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -260,3 +261,11 @@ def test_the_version_is_outside_the_range_that_transformers_mistakes_for_another
 def test_a_script_is_executable_and_valid_bash(script):
     assert (ROOT / script).stat().st_mode & 0o100
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
+
+
+def test_scripts_pass_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    scripts = [path for path in tracked() if path.endswith(".sh") or path == ".ci/run"]
+    done = subprocess.run(["shellcheck", "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == ""

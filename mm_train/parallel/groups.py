@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm_train import config
-from mm_train.cli import UserError, first_line
+from mm_train.cli import LostContact, UserError, first_line
 from mm_train.rules import check_world
 from mm_train.sharding import ALONE, Place
 
@@ -78,8 +78,9 @@ def init_groups(parallel: config.Parallel, hang_seconds: float = 0) -> Groups:
     """Join the world and form its groups.
 
     `hang_seconds` is how long the watchdog waits (mm_train.watchdog; 0: for ever); collectives wait longer.
-    RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe the world; torchrun and launch/local.sh set them. Raises
-    UserError when the world does not fit the layout or the machine, or a package that is wanted is not installed.
+    RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe the world; torchrun, launch/local.sh and launch/slurm_rank.py set
+    them. Raises UserError when the world does not fit the layout or the machine, or a package that is wanted is not
+    installed, and LostContact when the other ranks cannot be reached.
     """
     world, rank = (_number(name, default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     check_world(parallel, world)
@@ -97,7 +98,8 @@ def init_groups(parallel: config.Parallel, hang_seconds: float = 0) -> Groups:
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         except dist.DistError as error:
             where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            raise UserError(f"rank {rank} cannot join the other {world - 1} at {where}: {first_line(error)}") from None
+            what = f"rank {rank} cannot join the other {world - 1} at {where}: {first_line(error)}"
+            raise LostContact(what) from None  # a node that does not answer, more often than a wrong address
     groups = form_groups(parallel, rank, world, device)
     if groups.mpu is None:
         importlib.import_module("deepspeed.utils.groups")._clone_world_group()  # ZeRO's, otherwise made later

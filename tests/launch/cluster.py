@@ -1,8 +1,8 @@
-"""A real SLURM on this machine, for tests: munge, slurmctld and two slurmd on loopback, all in one folder.
+"""A real SLURM on this machine, for tests: munge, slurmctld and three slurmd on loopback, all in one folder.
 
     python -m tests.launch.cluster FOLDER      keep one up until Ctrl-C, to try things by hand
 
-Nothing outside the folder is touched and nothing has to run beforehand. Both nodes are this host, with as many CPUs as
+Nothing outside the folder is touched and nothing has to run beforehand. All nodes are this host, with as many CPUs as
 the configuration claims. Times are short (a lost node is missed after 10 s, a requeued job may start after 5 s), so
 that what takes minutes on a real cluster shows within a test. There is no accounting database, hence no sacct.
 """
@@ -20,17 +20,8 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "scancel")
-OVER = {
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "DEADLINE",
-    "BOOT_FAIL",
-    "PREEMPTED",
-}
+# PREEMPTED is not among them: it is shown while the job may still leave by itself, and it is requeued then.
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 
 CONF = """\
 ClusterName=mmtest
@@ -59,6 +50,8 @@ SlurmctldTimeout=15
 KillWait=3
 InactiveLimit=0
 MinJobAge=3600
+# jobs choose their ports by their ids: those of two clusters at a time must differ
+FirstJobId={port}00
 ReturnToService=2
 JobRequeue=1
 OverTimeLimit=0
@@ -103,7 +96,7 @@ class Cluster:
         folder: new or empty; the socket in it must have a path of less than 100 characters.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2) -> None:
+    def __init__(self, folder: Path, nodes: int = 3) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "MM_"))}

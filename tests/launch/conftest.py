@@ -12,7 +12,7 @@ from tests.launch.cluster import Cluster, missing
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A cluster of two nodes; skipped with the reason where none can be started."""
+    """A cluster of three nodes; skipped with the reason where none can be started."""
     reason = missing()
     if reason:
         pytest.skip(reason)

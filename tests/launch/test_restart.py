@@ -30,7 +30,7 @@ def starts(*steps: int, ended: str | None = FAILED) -> list[Start]:
         (Ending(75, warned="time is over", cancelled=True), False, "cancelled", 143, "scancel"),
         (Ending(137, cancelled=True), False, "cancelled", 143, "scancel"),
         (Ending(2), False, "bad input", 2, "fail again"),
-        (Ending(1), True, FAILED, 1, "failed (status 1); requeued, to go on after step 30"),
+        (Ending(1), True, FAILED, 1, "failed (status 1); once more, to go on after step 30"),
         (Ending(137), True, FAILED, 137, "killed by signal 9"),
         (Ending(70), True, FAILED, 70, "hung (status 70)"),
         (Ending(69), True, FAILED, 69, "lost"),
@@ -66,9 +66,10 @@ def test_a_start_of_which_nobody_could_tell_the_end_counts_as_failed():
 
 
 def test_bad_nodes_are_not_the_fault_of_the_run():
-    found = starts(4, 4, 4, 4, 4, 4, ended=BAD_NODES)
-    found[-1].ended = BAD_NODES
+    found = starts(4, 4, 4, ended=BAD_NODES)
     assert refusal(found, 4, LIMITS) is None
+    found[-1].ended = BAD_NODES
+    assert refusal(found, 4, LIMITS) == "the last 3 starts found unfit nodes (MM_MAX_NO_PROGRESS=3)"
 
 
 def test_the_newest_step_is_that_of_a_complete_checkpoint(tmp_path):
@@ -83,8 +84,8 @@ def test_the_record_has_a_line_a_start_and_a_new_job_begins_anew(tmp_path):
     history = History(tmp_path, "7")
     history.begin(0, 0, ["a", "b"], 2)
     assert History(tmp_path, "7").starts[0].ended is None
-    history.end(FAILED, 137, 4)
     history.begin(1, 4, ["a", "c"], 2)
+    history.end(0, FAILED, 137, 4)  # told late
     history.file.write_text(history.file.read_text() + "half a li")
     again = History(tmp_path, "7")
     assert [(s.restart, s.step, s.nodes, s.ended, s.status) for s in again.starts] == [
