@@ -8,7 +8,7 @@ from mm_train.metric_names import GROUPS, NAMES, named
 def test_the_groups_are_those_of_the_documentation():
     assert set(GROUPS) == {
         *("train", "grad_norm", "router", "experts", "throughput", "time", "data", "memory"),
-        *("faults", "validation", "evaluation", "checkpoint"),
+        *("faults", "validation", "evaluation", "evaluation_bits", "checkpoint"),
     }
 
 
