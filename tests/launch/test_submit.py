@@ -3,6 +3,7 @@ real one cannot be made to fail. tests/launch/test_submit_slurm.py has a real on
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -298,8 +299,9 @@ def test_arrays(site, capsys):
     words = ["--site", str(site), "--dry-run"]
     assert submit.main(["--sweep", "configs/sweep/ablation.yaml", "--tasks", "100", *words]) == 0
     out = capsys.readouterr().out
-    assert "33 runs (33 to train), 40,550,400 tokens, 33 tasks" in out
-    assert "--array=0-32 --nodes=1 --ntasks=1 --gpus-per-node=1 --cpus-per-task=12 --signal=B:USR1@600" in out
+    # how many are left to train is up to runs/ablation, which whoever runs the tests may have
+    assert re.search(r"\b39 runs \(\d+ to train\), 47,923,200 tokens, 39 tasks", out)
+    assert "--array=0-38 --nodes=1 --ntasks=1 --gpus-per-node=1 --cpus-per-task=12 --signal=B:USR1@600" in out
     assert "--dependency=afterany:$job_sweep" in out
     assert "slurm_sweep.sh configs/sweep/ablation.yaml --collect)" in out
     assert submit.main(["--data", "configs/data/pretrain.yaml", "--tasks", "32", "tokenizer.kind=llama3", *words]) == 0
