@@ -33,7 +33,8 @@ from mm_train.cli import UserError
 from mm_train.config import Config
 from mm_train.release_format import FORMATS
 
-EXPORTS = (*FORMATS, "gguf")  # that mm_train.export can write
+DEVICE_FILES = {"gguf": "model.gguf", "executorch": "model.pte"}  # format -> what its folder holds
+EXPORTS = (*FORMATS, *DEVICE_FILES)  # that mm_train.export can write
 SECTIONS = tuple(f.name for f in fields(Config))  # of a config: names that no stage may have
 
 

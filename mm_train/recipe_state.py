@@ -14,7 +14,7 @@ from mm_train import budget, config
 from mm_train.cli import UserError
 from mm_train.config import Config
 from mm_train.log_lines import number, short
-from mm_train.recipe_plan import Export, Recipe, Stage
+from mm_train.recipe_plan import DEVICE_FILES, Export, Recipe, Stage
 from mm_train.run_folder import read_stage
 from mm_train.watchdog import HEARTBEAT_SECONDS, LEFT, read_heartbeat
 
@@ -73,7 +73,7 @@ def refusal(recipe: Recipe, stage: Stage) -> str | None:
 
 def is_exported(export: Export) -> bool:
     """Is the release there, and made after the last stage was done?"""
-    done, made = export.run_dir / "DONE", export.out / ("model.gguf" if export.format == "gguf" else "config.json")
+    done, made = export.run_dir / "DONE", export.out / DEVICE_FILES.get(export.format, "config.json")
     return made.exists() and done.exists() and made.stat().st_mtime >= done.stat().st_mtime
 
 

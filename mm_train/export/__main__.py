@@ -73,7 +73,9 @@ def from_release(path: Path, out: Path, format: str, license: str | None) -> tup
     """A bf16 release as an int4 one. Raises UserError for anything else: it would be a copy, or worse than that."""
     source = ExportSource(path)
     if source.expert_axis is not None or format != "int4":
-        what, to = ("a bf16", "int4 or gguf") if source.expert_axis is None else ("an int4", "gguf with --requantise")
+        what, to = "a bf16", "int4, gguf or executorch"
+        if source.expert_axis is not None:
+            what, to = "an int4", "gguf or executorch with --requantise"
         raise UserError(f"{path} is {what} release: it exports as {to}, not {format}")
     facts = read_json(path / "config.json").get(MARK)
     facts = {key: value for key, value in (facts if isinstance(facts, dict) else {}).items() if key != "name"}

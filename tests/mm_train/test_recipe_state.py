@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from mm_train import config
 from mm_train.cli import UserError
-from mm_train.recipe_plan import Recipe, load
+from mm_train.export.__main__ import FORMATS
+from mm_train.recipe_plan import EXPORTS, Recipe, load
 from mm_train.recipe_state import differences, is_exported, refusal, rows, states
 from mm_train.train import train
 
@@ -149,6 +150,14 @@ def test_a_release_that_is_older_than_the_last_stage_does_not_count(at):
     done.touch()
     (recipe.export.out / "config.json").touch()
     assert is_exported(recipe.export)
+    program = dataclasses.replace(recipe.export, format="executorch")
+    assert not is_exported(program)
+    (recipe.export.out / "model.pte").touch()
+    assert is_exported(program)
+
+
+def test_a_recipe_can_end_in_everything_that_export_writes():
+    assert set(EXPORTS) == set(FORMATS)
 
 
 def test_a_record_that_cannot_be_read_is_said(at):

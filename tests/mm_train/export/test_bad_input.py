@@ -118,7 +118,7 @@ def test_a_place_that_is_taken(run, tmp_path, capsys, format):
 
 def test_a_release_is_no_checkpoint(run, tmp_path, refused, capsys):
     assert main(["--checkpoint", str(run()), "--out", str(tmp_path / "bf16"), "--format", "bf16"]) == 0
-    assert "is a bf16 release: it exports as int4 or gguf, not bf16" in refused(tmp_path / "bf16", "bf16")
+    assert "is a bf16 release: it exports as int4, gguf or executorch, not bf16" in refused(tmp_path / "bf16", "bf16")
     assert main(["--checkpoint", str(tmp_path / "bf16"), "--out", str(tmp_path / "int4")]) == 0
     assert "quantised after training" in capsys.readouterr().out
     assert "is an int4 release" in refused(tmp_path / "int4", "int4")
